@@ -1,0 +1,98 @@
+"""VML-MAP against the closed-form MAP, and the laws of schedules and batches (float64, no network)."""
+
+import pytest
+import torch
+
+from gaussian import Linear, random_problem
+from vml_ldm.operators import Measurement
+from vml_ldm.solve import Levels, noise_like, vml_levels, vml_map
+
+SCALES = [(1.0, 2.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.1)]
+
+
+def start(batch=1, seed=0):
+    return 2 * torch.randn(batch, 1, 1, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def solve(x_T, y, *, schedule=None, **options):
+    prior, h, _ = random_problem()
+    options = {"generator": torch.Generator().manual_seed(5), **options}
+    return vml_map(
+        x_T, prior=prior, measurement=Measurement(Linear(h), y, 0.1), schedule=schedule or Levels(SCALES), **options
+    )
+
+
+def test_no_inner_steps_is_sampling_from_the_prior():
+    _, _, y = random_problem()
+    solution = solve(start(), y, inner_steps=0, schedule=Levels(SCALES, renoise=0))
+    assert solution.calls == {"denoise": 4, "decode": 1}
+
+
+@pytest.mark.parametrize("jacobian, vjps", [("exact", 12), ("free", 0)])
+def test_calls_are_counted(jacobian, vjps):
+    """Each inner step: one denoiser, two decoder passes, one decoder pull-back; the pull-back through D when exact."""
+    _, _, y = random_problem()
+    calls = solve(start(), y, inner_steps=3, jacobian=jacobian, stop_at=0).calls
+    assert calls["denoise"] == 4 * (3 + 1) and calls["denoise_vjp"] == vjps
+    assert calls["decode"] == 2 * 12 + 1 and calls["decode_vjp"] == 12
+
+
+def test_a_batch_is_what_its_images_are_alone():
+    """Step length, stopping and noise are per image."""
+    _, _, y = random_problem()
+    ys = torch.cat([y, y + 1, y - 2])
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(3)]  # noqa: E731
+    together = solve(start(3), ys, generator=generators())
+    alone = [solve(start(3)[i : i + 1], ys[i : i + 1], generator=[g]) for i, g in enumerate(generators())]
+    assert torch.allclose(together.latent, torch.cat([s.latent for s in alone]), atol=1e-10)
+    assert [level["steps"] for level in together.trace] == [
+        sum(steps, []) for steps in zip(*([level["steps"] for level in s.trace] for s in alone))
+    ]
+
+
+def test_an_image_at_the_noise_rests_and_saves_its_calls():
+    _, _, y = random_problem()
+    solution = solve(start(), y, inner_steps=50, stop_at=1.0)
+    assert sum(level["steps"][0] for level in solution.trace) < 4 * 50
+    assert solution.residual.item() < 0.11
+
+
+def test_a_level_can_be_edited_on_the_way():
+    prior, h, y = random_problem()
+    levels = vml_levels(
+        start(), prior=prior, measurement=Measurement(Linear(h), y, 0.1), schedule=Levels(SCALES), inner_steps=1
+    )
+    first = next(levels)
+    first.x_next = torch.full_like(first.x_next, 100.0)
+    assert next(levels).z0_hat.abs().max() > 10
+
+
+@pytest.mark.parametrize("renoise", [0.0, 0.5, 1.0])
+def test_the_next_state_has_the_next_level_s_noise(renoise):
+    """Given the true z0, Levels.step keeps the marginal alpha z0 + sigma e."""
+    schedule = Levels([(0.6, 0.8), (0.8, 0.6)], renoise=renoise)
+    generator = torch.Generator().manual_seed(0)
+    z0 = torch.ones(1, 1, 1, 200_000, dtype=torch.float64)
+    x_next = schedule.step(0, 0.6 * z0 + 0.8 * noise_like(z0, generator), z0, generator)
+    assert abs(x_next.mean().item() - 0.8) < 0.01 and abs(x_next.std().item() - 0.6) < 0.01
+    assert torch.equal(schedule.step(1, x_next, z0, generator), z0)
+
+
+@pytest.mark.parametrize(
+    "scales, renoise", [([], 1.0), ([(1, 0.0)], 1.0), ([(1, 0.5), (1, 0.7)], 1.0), ([(1, 0.5)], 1.5)]
+)
+def test_bad_levels_are_refused(scales, renoise):
+    with pytest.raises(ValueError, match="expected"):
+        Levels(scales, renoise=renoise)
+
+
+@pytest.mark.parametrize("options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}])
+def test_bad_choices_are_refused_before_any_work(options):
+    _, _, y = random_problem()
+    with pytest.raises(ValueError, match="expected"):
+        solve(start(), y, **options)
+
+
+def test_generators_must_match_the_batch():
+    with pytest.raises(ValueError, match="2 generators came for 3 images"):
+        noise_like(torch.zeros(3, 1, 1, 1), [torch.Generator(), torch.Generator()])

@@ -1,0 +1,270 @@
+"""The algorithms. Here: VML-MAP, which minimises the variational mode-seeking loss along a reverse diffusion.
+
+Notation (the papers' letters; shapes are (B, c, h, w) unless said)
+
+    z0, x0      clean latent, and its image x0 = Dec(z0), (B, 3, H, W) in [0, 1]
+    x_t         state at noise level t, x_t = alpha z0 + sigma e, e ~ N(0, I)
+    alpha       signal scale of a level (1 in variance-exploding form)
+    sigma       noise scale of a level
+    z0_hat      the denoiser's clean estimate D(x_t) = E[z0 | x_t]
+    J           d z0_hat / d x_t
+    y, A        measurement y = A(x0) + n and its operator
+    sigma_y     standard deviation of n, in units of y, (B,)
+    b           the bracket of the objective, d nll / d z0_hat + alpha (x_t - alpha z0_hat) / sigma^2
+    v, eta      descent direction and step length, in units of x_t / alpha
+    K           inner steps at a level
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .objective import Prior, decode_pullback, denoise_pullback
+from .operators import Measurement
+from .optimize import JACOBIANS, descend
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Schedule(Protocol):
+    """The noise levels, from the noisiest, and the way from one to the next."""
+
+    def __len__(self) -> int: ...
+
+    def scales(self, i: int) -> tuple[float, float]:
+        """(alpha, sigma) of level i; (1, 0) for i = len."""
+
+    def step(self, i: int, x_t: Tensor, z0_hat: Tensor, generator: Generators = None) -> Tensor:
+        """The state at level i + 1, from the state at level i and its clean estimate."""
+
+
+class Levels:
+    """A `Schedule` from its scales: the next state is the clean estimate with noise of the next level.
+
+    ``x_next = alpha' z0_hat + sigma' (sqrt(1 - renoise^2) e_hat + renoise e)``, ``e_hat = (x_t - alpha z0_hat) / sigma``
+    and e fresh noise. renoise = 1 forgets e_hat (MAP-GA, arXiv:2407.20784); 0 is DDIM.
+
+    Args:
+        scales: (alpha, sigma) for each level, sigma > 0 and sigma / alpha falling.
+        renoise: in [0, 1].
+
+    Raises:
+        ValueError: no level, a level that is not noisier than the next, or renoise outside [0, 1].
+    """
+
+    def __init__(self, scales: Sequence[tuple[float, float]], renoise: float = 1.0):
+        if not 0 <= renoise <= 1:
+            raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
+        if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
+            raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
+        if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in zip(scales, scales[1:])):
+            raise ValueError(f"scales are {scales}; expected sigma / alpha to fall. Order them from the noisiest.")
+        self._scales, self.renoise = [*map(tuple, scales), (1.0, 0.0)], renoise
+
+    def __len__(self) -> int:
+        return len(self._scales) - 1
+
+    def scales(self, i: int) -> tuple[float, float]:
+        return self._scales[i]
+
+    def step(self, i: int, x_t: Tensor, z0_hat: Tensor, generator: Generators = None) -> Tensor:
+        (alpha, sigma), (alpha_next, sigma_next) = self.scales(i), self.scales(i + 1)
+        if sigma_next == 0:
+            return alpha_next * z0_hat
+        e = (1 - self.renoise**2) ** 0.5 * (x_t - alpha * z0_hat) / sigma
+        if self.renoise > 0:
+            e = e + self.renoise * noise_like(x_t, generator)
+        return alpha_next * z0_hat + sigma_next * e
+
+
+@dataclass
+class Level:
+    """One level as it ended. `x_next` may be replaced by whoever iterates; the next level starts from it.
+
+    Attributes:
+        index, alpha, sigma: which level.
+        z0_hat: (B, c, h, w), the clean estimate after the inner steps.
+        x_next: (B, c, h, w), the state handed to the next level.
+        residual: (B,), rms of y - A(Dec(z0_hat)) at the level's last evaluation, in units of y.
+        nll: (B,), the negative log-likelihood there.
+        steps: (B,), inner steps that each image took.
+    """
+
+    index: int
+    alpha: float
+    sigma: float
+    z0_hat: Tensor
+    x_next: Tensor
+    residual: Tensor
+    nll: Tensor
+    steps: Tensor
+
+
+@dataclass
+class Solution:
+    """What a solver found.
+
+    Attributes:
+        image: (B, 3, H, W), clamped to [0, 1].
+        latent: (B, c, h, w), the last clean estimate.
+        residual: (B,), rms of y - A(image before the clamp), in units of y.
+        trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch.
+        calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode".
+        seconds: the time spent in each of them, and "total".
+    """
+
+    image: Tensor
+    latent: Tensor
+    residual: Tensor
+    trace: list[dict]
+    calls: Counter = field(default_factory=Counter)
+    seconds: Counter = field(default_factory=Counter)
+
+
+def vml_map(
+    x_T: Tensor,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    schedule: Schedule,
+    inner_steps: int = 5,
+    jacobian: str = "exact",
+    stop_at: float = 1.0,
+    generator: Generators = None,
+) -> Solution:
+    """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
+
+    Args:
+        x_T: (B, c, h, w), the start at the schedule's first level: ``alpha z + sigma e``, or noise.
+        prior: the diffusion model.
+        measurement: y, its operator and noise; the operator sees images.
+        schedule: the noise levels.
+        inner_steps: K >= 0, steps at a level at the most. 0 samples from the prior.
+        jacobian: "exact" or "free" (no backward pass through the denoiser).
+        stop_at: an image rests within a level while rms(residual) <= stop_at * sigma_y.
+        generator: one, or one for each image (then a batch is what its images are alone).
+
+    Raises:
+        ValueError: an argument outside its range, before any network runs.
+    """
+    started = time.perf_counter()
+    prior = Metered(prior)
+    trace = []
+    for level in vml_levels(
+        x_T,
+        prior=prior,
+        measurement=measurement,
+        schedule=schedule,
+        inner_steps=inner_steps,
+        jacobian=jacobian,
+        stop_at=stop_at,
+        generator=generator,
+    ):
+        trace.append(record(level))
+    return conclude(level.x_next, trace, prior, measurement, started)
+
+
+@torch.no_grad()
+def conclude(latent: Tensor, trace: list[dict], prior: Metered, measurement: Measurement, started: float) -> Solution:
+    """Decode the last clean estimate and measure what it leaves of y."""
+    image = prior.decode(latent)
+    residual = measurement.rms(measurement.residual(image))
+    prior.seconds["total"] = time.perf_counter() - started
+    return Solution(image.clamp(0, 1), latent, residual, trace, prior.calls, prior.seconds)
+
+
+def vml_levels(
+    x_T: Tensor,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    schedule: Schedule,
+    inner_steps: int = 5,
+    jacobian: str = "exact",
+    stop_at: float = 1.0,
+    generator: Generators = None,
+) -> Iterator[Level]:
+    """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
+    check_choices(inner_steps, jacobian)
+    return _levels(x_T, prior, measurement, schedule, inner_steps, jacobian, stop_at, generator)
+
+
+def _levels(x_t, prior, measurement, schedule, inner_steps, jacobian, stop_at, generator):
+    for i in range(len(schedule)):
+        alpha, sigma = schedule.scales(i)
+        with torch.no_grad():
+            inner = descend(                                    # K times: x_t <- x_t - eta grad VML_S(x_t)
+                x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
+                steps=inner_steps, jacobian=jacobian, stop_at=stop_at,
+            )  # fmt: skip
+            x_next = schedule.step(i, inner.x_t, inner.z0_hat, generator)  # D(x_t), noised to the next level
+        level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps)
+        yield level
+        x_t = level.x_next
+
+
+def check_choices(inner_steps: int, jacobian: str) -> None:
+    """Raise ValueError for a choice that the solver does not know."""
+    if jacobian not in JACOBIANS:
+        raise ValueError(f"jacobian is {jacobian!r}; expected one of {JACOBIANS}.")
+    if not isinstance(inner_steps, int) or inner_steps < 0:
+        raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
+
+
+def record(level: Level) -> dict:
+    """A level's figures as plain numbers."""
+    return {
+        "alpha": level.alpha,
+        "sigma": level.sigma,
+        "residual": level.residual.tolist(),
+        "nll": level.nll.tolist(),
+        "steps": level.steps.tolist(),
+    }
+
+
+def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
+    """N(0, I) of x's shape, dtype and device, drawn where the generator lives: one generator, or one an image."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = x.device if generator is None else generator.device
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators came for {len(x)} images; expected one for each.")
+    return torch.cat([noise_like(x[i : i + 1], g) for i, g in enumerate(generator)])
+
+
+class Metered:
+    """A prior that counts its network calls and times them. Pull-backs count as "..._vjp"."""
+
+    def __init__(self, prior: Prior):
+        self.prior, self.calls, self.seconds = prior, Counter(), Counter()
+
+    def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self._timed("encode", self.prior.encode, image)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._timed("decode", self.prior.decode, z)
+
+    def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float):
+        z0_hat, pull = self._timed("denoise", denoise_pullback, self.prior, x_t, alpha, sigma)
+        return z0_hat, lambda b: self._timed("denoise_vjp", pull, b)
+
+    def decode_pullback(self, z: Tensor):
+        image, pull = self._timed("decode", decode_pullback, self.prior, z)
+        return image, lambda cotangent: self._timed("decode_vjp", pull, cotangent)
+
+    def _timed(self, name: str, function: Callable, *args):
+        started = time.perf_counter()
+        result = function(*args)
+        self.calls[name] += 1
+        self.seconds[name] += time.perf_counter() - started
+        return result
