@@ -30,9 +30,7 @@ def psnr(image: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
     weight = weight.double().expand_as(squares)
     total = weight.sum((1, 2, 3))
     if not (total > 0).all():
-        raise ValueError(
-            "weight is zero everywhere in an image; expected a positive sum. Leave that image out."
-        )
+        raise ValueError("weight is zero everywhere in an image; expected a positive sum. Leave that image out.")
     return -10 * ((weight * squares).sum((1, 2, 3)) / total).log10()
 
 
@@ -56,9 +54,7 @@ def edge_error(image: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
         total = total + (error.diff(dim=axis).abs().mean(1, keepdim=True) * border).sum((1, 2, 3))
         pairs = pairs + border.sum((1, 2, 3))
     if not (pairs > 0).all():
-        raise ValueError(
-            "a mask has no border; expected known pixels beside missing ones. Leave that image out."
-        )
+        raise ValueError("a mask has no border; expected known pixels beside missing ones. Leave that image out.")
     return total / pairs
 
 
@@ -118,9 +114,7 @@ def mean_and_interval(values: Tensor, confidence: float = 0.95) -> Interval:
     """
     values = torch.as_tensor(values, dtype=torch.float64).flatten()
     if len(values) < 2 or not values.isfinite().all():
-        raise ValueError(
-            f"{len(values)} values came, some perhaps not finite; expected at least 2 finite ones."
-        )
+        raise ValueError(f"{len(values)} values came, some perhaps not finite; expected at least 2 finite ones.")
     mean = values.mean().item()
     half = student_t((1 + confidence) / 2, len(values) - 1) * values.std().item() / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, len(values))
