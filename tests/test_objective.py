@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from gaussian import Linear, MixturePrior, random_problem
+
 from vml_ldm.objective import vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
 from vml_ldm.optimize import descend

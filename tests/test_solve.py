@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from gaussian import Linear, random_problem
+
 from vml_ldm.operators import Measurement
 from vml_ldm.solve import Levels, noise_like, vml_levels, vml_map
 

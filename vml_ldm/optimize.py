@@ -59,6 +59,7 @@ def descend(
     batch = len(x_t)
     residual, nll = x_t.new_full((batch,), torch.nan), x_t.new_full((batch,), torch.nan)
     taken = torch.zeros(batch, dtype=torch.long, device=x_t.device)
+    last = None
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
@@ -68,31 +69,53 @@ def descend(
             return Descent(x_t, z0_hat, residual, nll, taken)
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
         v = -alpha * pull(b)
-        eta = step_length(v, z0_hat, data, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian)
-        x_t = x_t + alpha * _column(eta * moving, v) * v
+        d, gain = _conjugate(v, last), _gain(data, last)
+        if FLAGS.get("log"):
+            FLAGS["log"].append((sigma/alpha, gain.tolist() if torch.is_tensor(gain) else gain, residual.tolist()))
+        eta, h_d = step_length(
+            d, v, z0_hat, data, gain, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian
+        )
+        x_t = x_t + alpha * _column(eta * moving, d) * d
         taken += moving
+        last = _Last(v, d, data.residual, _column(eta, h_d) * h_d, gain)
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken)
 
+FLAGS = {"cg": True, "secant": True}
 
-def step_length(
-    v: Tensor, z0_hat: Tensor, data: DataTerm, *, prior: Prior, measurement: Measurement, noise: float, jacobian: str
-) -> Tensor:
-    """(B,): the minimiser along v of the loss's quadratic model, with one forward pass of the decoder.
+class _Last(NamedTuple):
+    v: Tensor
+    d: Tensor
+    residual: Tensor
+    predicted: Tensor
+    gain: Tensor
 
-    ``eta = |v|^2 / (|H v|^2 / sigma_y^2 + c |v|^2 / noise^2)``, H the derivative of ``A o Dec`` at z0_hat (a finite
-    difference). The change of z0_hat is taken to be the step itself, an upper bound where 0 <= J <= I. Then
-    ``J (I - J) <= 1/4`` bounds the prior's curvature in the exact form (c = 1/4), ``I - J <= 1`` in the free (c = 1).
 
-    Args:
-        v: (B, c, h, w), minus the gradient or minus the bracket, VE units.
-        noise: ``sigma / alpha``, the level's noise in VE units.
-    """
-    length = squares(v)
-    h = _PROBE * (v[0].numel() / length.clamp(min=torch.finfo(v.dtype).tiny)).sqrt()
-    ahead = measurement.residual(prior.decode(z0_hat + _column(h, v) * v))
-    data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
+def _conjugate(v, last):
+    if last is None or not FLAGS["cg"]:
+        return v
+    beta = (squares(v) - (v * last.v).flatten(1).sum(1)) / squares(last.v).clamp(min=1e-30)
+    d = v + _column(beta.clamp(0, FLAGS.get("bmax", 5)), v) * last.d
+    uphill = (v * d).flatten(1).sum(1) <= 0
+    return torch.where(_column(uphill, v), v, d)
+
+
+def _gain(data, last):
+    if last is None or not FLAGS["secant"]:
+        return FLAGS.get("gain0", 1.0) * data.nll.new_ones(len(data.nll))
+    change = last.residual - data.residual
+    gain = (change * last.predicted).flatten(1).sum(1) / squares(last.predicted).clamp(min=1e-30)
+    return gain.clamp(*FLAGS.get("clip", (0.2, 20.0)))
+
+
+def step_length(d, v, z0_hat, data, gain, *, prior, measurement, noise, jacobian):
+    length = squares(d)
+    h = _PROBE * (d[0].numel() / length.clamp(min=torch.finfo(d.dtype).tiny)).sqrt()
+    ahead = measurement.residual(prior.decode(z0_hat + _column(h, d) * d))
+    h_d = (data.residual - ahead) / _column(h, ahead)
+    data_curvature = squares(h_d) * gain**2 / measurement.sigma_y ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
-    return length / (data_curvature + prior_curvature).clamp(min=torch.finfo(v.dtype).tiny)
+    slope = (v * d).flatten(1).sum(1) * (1 if jacobian == "exact" else gain)
+    return slope / (data_curvature + prior_curvature).clamp(min=torch.finfo(d.dtype).tiny), h_d
 
 
 def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: str):

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -64,7 +65,7 @@ class Levels:
             raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
         if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
             raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
-        if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in zip(scales, scales[1:])):
+        if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in pairwise(scales)):
             raise ValueError(f"scales are {scales}; expected sigma / alpha to fall. Order them from the noisiest.")
         self._scales, self.renoise = [*map(tuple, scales), (1.0, 0.0)], renoise
 

@@ -1,0 +1,117 @@
+"""Steps that the pipelines share: the budget of denoiser calls, the presets, the batch, pixels in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vml_ldm.images import upright_mask, upright_rgb
+from vml_ldm.optimize import JACOBIANS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the solver spends its budget. A preset is one of these; an explicit argument replaces its field.
+
+    Attributes:
+        budget: denoiser evaluations, as a multiple of `num_inference_steps`.
+        inner_steps: K, inner steps at each level.
+        jacobian: "exact" or "free".
+        renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
+        stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
+    """
+
+    budget: float
+    inner_steps: int
+    jacobian: str = "exact"
+    renoise: float = 1.0
+    stop_at: float = 1.0
+
+    def levels(self, num_inference_steps: int) -> int:
+        """Levels that the budget pays: each costs K + 1 denoiser evaluations. At least one."""
+        return max(1, int(self.budget * num_inference_steps) // (self.inner_steps + 1))
+
+
+PRESETS = {
+    "fast": Settings(budget=0.5, inner_steps=3),
+    "balanced": Settings(budget=1.0, inner_steps=5),
+    "best": Settings(budget=2.0, inner_steps=9),
+}
+
+
+def settings(preset: str, **explicit) -> Settings:
+    """The preset with the arguments that are not None in place of its own.
+
+    Raises:
+        ValueError: an unknown preset or Jacobian, or a negative or fractional number of inner steps.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
+    chosen = replace(PRESETS[preset], **{name: value for name, value in explicit.items() if value is not None})
+    if chosen.jacobian not in JACOBIANS:
+        raise ValueError(f"jacobian is {chosen.jacobian!r}; expected one of {', '.join(map(repr, JACOBIANS))}.")
+    if not isinstance(chosen.inner_steps, int) or chosen.inner_steps < 0:
+        raise ValueError(f"inner_steps is {chosen.inner_steps!r}; expected a whole number >= 0.")
+    return chosen
+
+
+def upright(images, convert):
+    """PIL images (one, or a list) through `convert`; arrays of bytes as floats in [0, 1]; anything else as it is."""
+    if isinstance(images, (list, tuple)):
+        return [upright(image, convert) for image in images]
+    if isinstance(images, Image.Image):
+        return convert(images)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        return images.astype(np.float32) / 255
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+        return images.float() / 255
+    return images
+
+
+def to_pixels(images, processor, name: str = "image", **size) -> Tensor:
+    """What a caller hands in as images -> (B, 3, H, W) float32 in [0, 1].
+
+    PIL images are turned by their EXIF orientation and laid on white; one channel is repeated to three; tensors in
+    [-1, 1] (as the stock pipelines still take them) are shifted to [0, 1].
+
+    Args:
+        images: PIL, array (B, H, W, C) or tensor (B, C, H, W), one or a list.
+        processor: a `VaeImageProcessor` that does not normalise.
+        size: height, width, crops_coords, resize_mode of its `preprocess`.
+
+    Raises:
+        ValueError: no image, or channels that are neither 1 nor 3.
+    """
+    if images is None:
+        raise ValueError(f"`{name}` is None; expected a PIL image, an array or a tensor.")
+    pixels = processor.preprocess(upright(images, upright_rgb), **size).float()
+    if pixels.min() < 0:
+        pixels = pixels / 2 + 0.5
+    if pixels.shape[1] not in (1, 3):
+        raise ValueError(f"`{name}` has {pixels.shape[1]} channels; expected 1 or 3. Convert it to RGB.")
+    return pixels.expand(-1, 3, -1, -1)
+
+
+def to_known(masks, processor, **size) -> Tensor:
+    """What a caller hands in as masks, white = repaint -> (B, 1, H, W) float32, 1 = known, soft values kept."""
+    if masks is None:
+        raise ValueError("`mask_image` is None; expected a PIL image, an array or a tensor: white is repainted.")
+    painted = processor.preprocess(upright(masks, upright_mask), **size).float()
+    if painted.shape[1] != 1:
+        raise ValueError(f"`mask_image` has {painted.shape[1]} channels; expected 1. Convert it to greyscale.")
+    return 1 - painted.clamp(0, 1)
+
+
+def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:
+    """One item for all, or one for each of `count` prompts, each `copies` times in a row.
+
+    Raises:
+        ValueError: another number of items.
+    """
+    if len(items) not in (1, count):
+        raise ValueError(f"{len(items)} of `{name}` came for {count} prompts; expected 1 or {count}.")
+    return items.expand(count, *items.shape[1:]).repeat_interleave(copies, dim=0)

@@ -1,0 +1,194 @@
+"""diffusers' models and schedulers as prior and schedule: their numbers are diffusers' own."""
+
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from gaussian import Linear, random_problem
+
+from vml_ldm.adapters.diffusers import NonFiniteError, StableDiffusionPrior, check_scheduler, scheduler_levels
+from vml_ldm.operators import Measurement
+from vml_ldm.solve import noise_like, vml_levels, vml_map
+
+ACCEPTED = [
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+]
+
+
+def levels(cls, count, renoise=1.0, **options):
+    scheduler = tiny.scheduler(cls=cls, **options)
+    scheduler.set_timesteps(count)
+    return scheduler, scheduler_levels(scheduler, scheduler.timesteps, renoise)
+
+
+def prior(unet=None, scheduler=None, guidance_scale=None, batch=2):
+    return StableDiffusionPrior(
+        unet=unet or tiny.unet(),
+        vae=tiny.vae(),
+        scheduler=scheduler or tiny.scheduler(),
+        prompt_embeds=torch.randn(batch if guidance_scale is None else 2 * batch, 5, 128),
+        guidance_scale=guidance_scale,
+    )
+
+
+@pytest.mark.parametrize("cls", ACCEPTED)
+def test_levels_are_the_scheduler_s_own_noise(cls):
+    """alpha z0 + sigma e is what the scheduler's add_noise gives at each of its time steps."""
+    scheduler, schedule = levels(cls, 9)
+    z0, e = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    for i, t in enumerate(scheduler.timesteps):
+        alpha, sigma = schedule.scales(i)
+        assert torch.allclose(alpha * z0 + sigma * e, scheduler.add_noise(z0, e, t[None]), atol=1e-4 * max(1, sigma))
+    assert len(schedule) == 9 and schedule.scales(9) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("cls", ACCEPTED)
+def test_vml_map_reaches_the_map_of_a_gaussian(cls, seed):
+    """50 levels, 20 inner steps, deterministic next state: within 1 % of |MAP - mean|."""
+    scheduler, schedule = levels(cls, 50, renoise=0.0)
+    gaussian, h, y = random_problem(seed)
+    generator = torch.Generator().manual_seed(0)
+    x_T = noise_like(gaussian.mean.reshape(1, 1, 1, -1), generator) * float(scheduler.init_noise_sigma)
+    solution = vml_map(
+        x_T,
+        prior=gaussian,
+        measurement=Measurement(Linear(h), y, 0.1),
+        schedule=schedule,
+        inner_steps=20,
+        stop_at=0,
+        generator=generator,
+    )
+    goal, _ = gaussian.measured(h, y, 0.1)
+    assert (solution.latent - goal).norm() < 0.01 * (goal - gaussian.mean).norm()
+
+
+@pytest.mark.parametrize("cls", ACCEPTED)
+@pytest.mark.parametrize("renoise", [0.0, 1.0])
+def test_inner_steps_act(cls, renoise):
+    """Moving x_t inside a level changes the next state."""
+    _, schedule = levels(cls, 3, renoise, timestep_spacing="leading")
+    gaussian, h, y = random_problem()
+
+    def first_state(inner_steps):
+        solving = vml_levels(
+            torch.ones(1, 1, 1, 6, dtype=torch.float64),
+            prior=gaussian,
+            measurement=Measurement(Linear(h), y, 0.1),
+            schedule=schedule,
+            inner_steps=inner_steps,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return next(solving).x_next
+
+    assert (first_state(20) - first_state(0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", [PNDMScheduler, UniPCMultistepScheduler])
+def test_a_scheduler_that_is_not_served_is_refused(cls):
+    with pytest.raises(ValueError, match=rf"the scheduler is {cls.__name__}; expected one of DDIMScheduler"):
+        check_scheduler(tiny.scheduler(cls=cls))
+
+
+def test_an_unknown_prediction_type_is_refused():
+    scheduler = tiny.scheduler(cls=DPMSolverMultistepScheduler, use_flow_sigmas=True)
+    scheduler.register_to_config(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="flow_prediction"):
+        check_scheduler(scheduler)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("scaling", [1.0, 7.0], ids=["variance preserving", "any scaling"])
+def test_denoise_is_the_scheduler_s_clean_estimate(prediction_type, scaling):
+    scheduler = tiny.scheduler(prediction_type, clip_sample=False)
+    scheduler.set_timesteps(10)
+    model, t, x_t = prior(scheduler=scheduler), scheduler.timesteps[4], torch.randn(2, 4, 8, 8)
+    out = model.unet(x_t, t, encoder_hidden_states=model.prompt_embeds).sample
+    expected = scheduler.step(out, t, x_t).pred_original_sample
+    abar = scheduler.alphas_cumprod[t].double()
+    alpha, sigma = scaling * abar.sqrt().item(), scaling * (1 - abar).sqrt().item()
+    assert torch.allclose(model.denoise(scaling * x_t, alpha, sigma), expected, atol=1e-4)
+
+
+def test_timestep_is_looked_up_between_whole_steps():
+    model = prior()
+    abar = model.scheduler.alphas_cumprod.double()
+    sigma = lambda t: ((1 - abar[t]) / abar[t]).sqrt().item()  # noqa: E731
+    assert model.timestep(1.0, sigma(321)) == 321
+    assert model.timestep(2.0, 2 * sigma(7)) == 7
+    assert 321 < model.timestep(1.0, (sigma(321) + sigma(322)) / 2) < 322
+    assert model.timestep(0.0, 1.0) == 999
+
+
+@torch.no_grad()
+def test_guidance_extrapolates_from_the_negative_prompt():
+    guided = prior(guidance_scale=3.0)
+    negative, positive = guided.prompt_embeds.chunk(2)
+    alone = lambda embeds: StableDiffusionPrior(  # noqa: E731
+        unet=guided.unet, vae=guided.vae, scheduler=guided.scheduler, prompt_embeds=embeds
+    )
+    x_t = torch.randn(2, 4, 8, 8)
+    d_n, d_p = (alone(e).denoise(x_t, 0.8, 0.6) for e in (negative, positive))
+    assert torch.allclose(guided.denoise(x_t, 0.8, 0.6), d_n + 3 * (d_p - d_n), atol=1e-4)
+
+
+def test_pull_backs_are_autograd_s_and_leave_the_weights_as_they_were():
+    model = prior()
+    x_t, b = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    leaf = x_t.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model.denoise(leaf, 0.8, 0.6), leaf, b)
+    with model:
+        z0_hat, pull = model.denoise_pullback(x_t, 0.8, 0.6)
+        assert not any(p.requires_grad for p in model.unet.parameters())
+        assert torch.allclose(pull(b), expected, atol=1e-5) and not z0_hat.requires_grad
+    assert all(p.requires_grad for p in [*model.unet.parameters(), *model.vae.parameters()])
+
+
+def test_encode_and_decode_use_the_configured_scale():
+    model = prior()
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        mode = model.vae.encode(2 * image - 1).latent_dist.mode()
+        assert torch.allclose(model.encode(image), mode * 0.18215)
+        assert torch.allclose(model.decode(mode * 0.18215), model.vae.decode(mode).sample / 2 + 0.5, atol=1e-4)
+
+
+class _Overflowing(torch.nn.Module):
+    """A network that overflows in half precision, and in float32 too when asked to."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor, self.config = network, factor, network.config
+
+    @property
+    def dtype(self):
+        return self.network.dtype
+
+    def decode(self, z, return_dict=False):
+        return ((self.network.decode(z, return_dict=False)[0] * self.factor) / self.factor,)
+
+
+@torch.no_grad()
+def test_half_precision_that_overflows_is_repeated_in_float32_and_put_back():
+    model = prior()
+    model.vae = _Overflowing(tiny.vae().to(torch.bfloat16), 3e38)
+    z = torch.randn(1, 4, 8, 8) * 50
+    with model, pytest.warns(UserWarning, match="the VAE decoder gave non-finite values in torch.bfloat16"):
+        model.vae.factor = 3e38
+        model.vae.network.decoder.conv_out.bias.fill_(4.0)
+        with pytest.raises(NonFiniteError, match="the VAE decoder gave NaN or infinity in float32"):
+            model.decode(z)
+    assert model.vae.dtype == torch.bfloat16 and model.retries == {"the VAE decoder": 1}

@@ -1,0 +1,75 @@
+"""What the user is told of a solve: its agreement with the measurement, the VAE's own limit, and the cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "encode")
+
+
+@dataclass
+class Report:
+    """The figures of one call. Lists run over the batch; residuals are rms values in units of y (images in [0, 1]).
+
+    Attributes:
+        sigma_y: the noise that the caller named.
+        vae_error: rms of y - A(Dec(Enc(.))): what the VAE's own round trip leaves of the measurement.
+        effective_sigma_y: sqrt(sigma_y^2 + vae_error^2), which the solver took.
+        residual: rms of y - A(image), before any paste.
+        levels, inner_steps: noise levels, and inner steps at each of them at the most.
+        jacobian, preset: which form, which preset.
+        trace: a dict for each level: alpha, sigma, residual, nll, steps.
+        retries: network passes repeated in float32 after non-finite values, by network.
+        calls: network calls by kind; "..._vjp" are backward passes.
+        seconds: time by kind, and "total".
+    """
+
+    sigma_y: list[float]
+    vae_error: list[float]
+    effective_sigma_y: list[float]
+    residual: list[float]
+    levels: int
+    inner_steps: int
+    jacobian: str
+    preset: str
+    trace: list[dict] = field(default_factory=list)
+    retries: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def overhead(self) -> float:
+        """Share of the solve's time that was spent outside the networks, in [0, 1]."""
+        total = self.seconds.get("total", 0.0)
+        return 1 - sum(self.seconds.get(name, 0.0) for name in NETWORKS) / total if total else 0.0
+
+    def to_dict(self) -> dict:
+        """Every field, and `overhead`, as plain Python values."""
+        return {**asdict(self), "overhead": self.overhead}
+
+    def text(self) -> str:
+        """Five lines for a terminal."""
+        calls, seconds = self.calls, self.seconds
+        ratio = [r / s for r, s in zip(self.residual, self.effective_sigma_y, strict=True)]
+        retries = ", ".join(f"{count} x {name}" for name, count in self.retries.items()) or "none"
+        return "\n".join(
+            [
+                f"residual   {_row(self.residual)} rms on the known pixels, before the paste",
+                f"expected   {_row(self.effective_sigma_y)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
+                f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
+                f"solver     {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}, "
+                f"preset {self.preset}; float32 retries: {retries}",
+                f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
+                f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}, encoder {calls.get('encode', 0)}",
+                f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, decoder "
+                f"{_sum(seconds, 'decode'):.2f}, encoder {seconds.get('encode', 0):.2f}, rest {self.overhead:.1%}",
+            ]
+        )
+
+
+def _row(values: list[float], form: str = ".4f") -> str:
+    return " ".join(format(value, form) for value in values)
+
+
+def _sum(seconds: dict[str, float], name: str) -> float:
+    return seconds.get(name, 0.0) + seconds.get(f"{name}_vjp", 0.0)
