@@ -97,18 +97,14 @@ def test_psnr_of_equal_images_is_infinite(picture: Tensor) -> None:
 @pytest.mark.parametrize(("error", "value"), [(1.0, 0.0), (0.1, 20.0), (0.01, 40.0)])
 def test_psnr_of_a_constant_error(error: float, value: float) -> None:
     truth = torch.zeros(2, 3, 4, 4)
-    torch.testing.assert_close(
-        psnr(truth + error, truth), torch.full((2,), value).double(), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(psnr(truth + error, truth), torch.full((2,), value).double(), atol=1e-5, rtol=0)
 
 
 def test_psnr_sees_only_what_is_weighted(picture: Tensor) -> None:
     mask = draw_mask("half", 64, 64, seeded(0))
     damaged = mask * picture + (1 - mask) * (picture + 0.1)
     assert psnr(damaged, picture, mask).tolist() == [math.inf, math.inf]
-    torch.testing.assert_close(
-        psnr(damaged, picture, 1 - mask), torch.full((2,), 20.0).double(), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(psnr(damaged, picture, 1 - mask), torch.full((2,), 20.0).double(), atol=1e-4, rtol=0)
     whole = psnr(damaged, picture)
     torch.testing.assert_close(whole, torch.full_like(whole, 20 + 10 * math.log10(2)), atol=1e-4, rtol=0)
 
@@ -271,9 +267,7 @@ def test_perceptual_distance_laws(distance: metrics.PerceptualDistance, picture:
 
 
 @needs_weights
-def test_perceptual_distance_grows_with_noise_and_blur(
-    distance: metrics.PerceptualDistance, picture: Tensor
-) -> None:
+def test_perceptual_distance_grows_with_noise_and_blur(distance: metrics.PerceptualDistance, picture: Tensor) -> None:
     def blurred(times: int) -> Tensor:
         image = picture
         for _ in range(times):

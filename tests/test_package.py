@@ -146,7 +146,5 @@ def test_ci_runs_the_line_of_the_readme() -> None:
 
 
 def test_version_is_the_same_everywhere() -> None:
-    assert (
-        f"version: {vml_ldm.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
-    )
+    assert f"version: {vml_ldm.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
     assert f"## {vml_ldm.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

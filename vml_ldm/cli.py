@@ -104,35 +104,50 @@ def _positive(text: str) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     """Run the comparison and print its table."""
-    from vml_ldm.evaluation.tasks import MASKS
+    from vml_ldm.evaluation.rows import RowFile
 
-    masks = tuple(options.masks.split(",")) if options.masks else MASKS
-    if unknown := [mask for mask in masks if mask not in MASKS]:
-        raise UsageError(f"no mask is called {unknown[0]!r}; expected some of {','.join(MASKS)}.")
+    try:
+        rows = RowFile(options.output)
+    except FileExistsError as error:
+        raise UsageError(_one_line(error)) from error
     model = _checkpoint(options.model)
-    _quiet()
+    masks, count, split = _chosen(options)
+    pipe = _load(model)
     from vml_ldm.evaluation.demo import FULL_METHODS, SHORT_METHODS, Plan, run
 
     plan = Plan(
+        model=model,
         methods=FULL_METHODS if options.full else SHORT_METHODS,
         masks=masks,
-        images=options.images or (32 if options.full else 4),
-        split=options.split.replace("-", "_"),
-        model=model,
+        images=count,
+        split=split,
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
         batch=options.batch,
     )
     try:
-        table = run(plan, options.output)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
-        raise UsageError(_one_line(error)) from error
+        table = run(plan, pipe, rows)
     except KeyboardInterrupt:
         print(f"\nThe rows so far are kept in {options.output}; the same command goes on from there.", file=sys.stderr)
         raise
     print(f"\n{table}\n{_peak_memory()}\nTable, rows and pictures are in {options.output}.")
     return 0
+
+
+def _chosen(options: argparse.Namespace) -> tuple[tuple[str, ...], int, str]:
+    """Masks, number of images and split of a comparison, checked."""
+    from vml_ldm.assets import example_images
+    from vml_ldm.evaluation.tasks import MASKS
+
+    masks = tuple(options.masks.split(",")) if options.masks else MASKS
+    if unknown := [mask for mask in masks if mask not in MASKS]:
+        raise UsageError(f"no mask is called {unknown[0]!r}; expected some of {','.join(MASKS)}.")
+    split = options.split.replace("-", "_")
+    count, most = options.images or (32 if options.full else 4), len(example_images(split))
+    if count > most:
+        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
+    return masks, count, split
 
 
 def _peak_memory() -> str:
@@ -153,13 +168,11 @@ def inpaint(options: argparse.Namespace) -> int:
     _check_output(options.output, options.force)
     _check_exists(options.image)
     _check_exists(options.mask)
-    model = _checkpoint(options.model)
-    _quiet()
+    image, known = _open_pair(options.image, options.mask)
+    pipe = _load(_checkpoint(options.model))
     from vml_ldm.fitting import Fit
     from vml_ldm.images import to_pil
 
-    image, known = _open_pair(options.image, options.mask)
-    pipe = _load(model)
     stride = pipe.vae_scale_factor
     fit = Fit.choose(tuple(image.shape[2:]), pipe.unet.config.sample_size * stride, stride, options.size)
     print(fit.text())
@@ -248,7 +261,10 @@ def _lossy_note(path: Path) -> str:
 def _checkpoint(folder: Path | None) -> str:
     """The folder of a checkpoint, the bundled one for None."""
     if folder is None:
-        return vml_ldm.bundled_model()
+        try:
+            return vml_ldm.bundled_model()
+        except FileNotFoundError as error:
+            raise UsageError(_one_line(error)) from error
     if not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "is no folder"
         raise UsageError(f"{folder} {what}; expected a Stable Diffusion checkpoint in diffusers' layout.")
@@ -257,6 +273,7 @@ def _checkpoint(folder: Path | None) -> str:
 
 def _load(model: str):
     """The pipeline of a checkpoint, on the GPU if there is one."""
+    _quiet()
     import torch
 
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
@@ -269,9 +286,14 @@ def _load(model: str):
 
 
 def _quiet() -> None:
-    """Keep the libraries' advice off the terminal; their errors still show."""
+    """Keep the libraries' advice and loading bars off the terminal; their errors still show."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

@@ -45,8 +45,7 @@ def example_images(split: str) -> list[tuple[Path, str]]:
     shipped = [(folder / name, prompt) for name, prompt in listed if (folder / name).is_file()]
     if not shipped:
         raise FileNotFoundError(
-            f"{folder} has none of the images listed in {_SPLITS[split]}. "
-            "Install vml-ldm again from a complete copy."
+            f"{folder} has none of the images listed in {_SPLITS[split]}. Install vml-ldm again from a complete copy."
         )
     return shipped
 

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import vml_ldm
-from vml_ldm.assets import bundled_model, example_images
+from vml_ldm.assets import example_images
 from vml_ldm.evaluation import metrics
 from vml_ldm.evaluation.rows import Row, RowFile
 from vml_ldm.evaluation.sheet import draw_sheet
@@ -63,13 +63,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare. ``model`` None is the bundled checkpoint; ``steps`` None is the pipeline's default."""
+    """What to compare: the folder of a checkpoint, and on what; None is the pipeline's default."""
 
+    model: str
     methods: tuple[Method, ...] = SHORT_METHODS
     masks: tuple[str, ...] = MASKS
     images: int = 4
     split: str = "held_out"
-    model: str | None = None
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
@@ -81,32 +81,23 @@ class Plan:
         return {name: value for name, value in chosen.items() if value is not None}
 
 
-def run(plan: Plan, folder: Path) -> str:
-    """Run the comparison, write its files into ``folder`` and return the table (Markdown).
+def run(plan: Plan, pipe: VMLInpaintPipeline, rows: RowFile) -> str:
+    """Run the comparison, write its files into the rows' folder and return the table (Markdown).
 
     The folder gets ``rows.csv`` (appended batch by batch; what stands there already is not run again unless
     something that could change it has changed), ``results/`` (the pasted images), ``table.md``, and
-    ``sheet.png`` or one ``sheet-MASK.png`` for each mask.
+    ``sheet.png`` or, for more than eight images, one ``sheet-MASK.png`` for each mask.
 
     Raises:
-        FileExistsError: the folder has files, and they are not from an earlier run of this comparison.
+        ValueError: the plan asks for an unknown mask or for more images than the package holds.
     """
-    model = plan.model or bundled_model()
-    rows = RowFile(folder)
-    pipe = load_pipeline(model)
-    comparison = Comparison(plan, pipe, rows, stamp(plan, pipe, model))
+    pipe.set_progress_bar_config(disable=True)
+    comparison = Comparison(plan, pipe, rows)
     comparison.measure_all()
     table = comparison.table()
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (rows.folder / "table.md").write_text(table + "\n", encoding="utf-8")
     comparison.draw_sheets()
     return table
-
-
-def load_pipeline(model: str) -> VMLInpaintPipeline:
-    """Load a checkpoint for the comparison, on the GPU if there is one, without progress bars."""
-    pipe = VMLInpaintPipeline.from_pretrained(model, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_cases(plan: Plan, size: int) -> list[Case]:
@@ -123,7 +114,7 @@ def _load_case(path: Path, prompt: str, seed: int, size: int) -> Case:
     return Case(path.stem, prompt, seed, from_pil(image)[0])
 
 
-def stamp(plan: Plan, pipe: VMLInpaintPipeline, model: str) -> str:
+def stamp(plan: Plan, pipe: VMLInpaintPipeline) -> str:
     """Everything beside image, mask, method and seed that a row depends on, as text.
 
     That is the checkpoint's files, the package's source, the versions of torch and diffusers, the kind of
@@ -132,7 +123,7 @@ def stamp(plan: Plan, pipe: VMLInpaintPipeline, model: str) -> str:
     package = Path(vml_ldm.__file__).parent
     sources = [*package.rglob("*.py"), *Path(inspect.getfile(VMLInpaintPipeline)).parent.glob("*.py")]
     parts = {
-        "checkpoint": _digest(path for path in Path(model).rglob("*") if path.is_file()),
+        "checkpoint": _digest(path for path in Path(plan.model).rglob("*") if path.is_file()),
         "source": _digest(path for path in sources if path.name not in ("cli.py", "sheet.py", "table.py")),
         "versions": [vml_ldm.__version__, torch.__version__, diffusers.__version__, pipe.device.type],
         "settings": plan.common_arguments(),
@@ -152,8 +143,8 @@ def _digest(paths: Iterator[Path]) -> str:
 class Comparison:
     """One plan on one pipeline: measures what the row file lacks, then tabulates and draws."""
 
-    def __init__(self, plan: Plan, pipe: VMLInpaintPipeline, rows: RowFile, stamp: str) -> None:
-        self.plan, self.pipe, self.rows, self.stamp = plan, pipe, rows, stamp
+    def __init__(self, plan: Plan, pipe: VMLInpaintPipeline, rows: RowFile) -> None:
+        self.plan, self.pipe, self.rows, self.stamp = plan, pipe, rows, stamp(plan, pipe)
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.cases = load_cases(plan, self.size)
         self.distance = metrics.PerceptualDistance() if metrics.has_perceptual_weights() else None

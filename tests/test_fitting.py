@@ -1,0 +1,89 @@
+"""Bringing any size to the solver and back: what is to be repainted stays out, what is known comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from vml_ldm.evaluation.tasks import draw_mask
+from vml_ldm.fitting import Fit
+
+SIZES = [(128, 128), (131, 150), (300, 200), (60, 90), (256, 256), (97, 400)]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Tensor:
+    """Random bytes as an image (1, 3, H, W) in [0, 1]."""
+    return torch.randint(0, 256, (1, 3, height, width), generator=Generator().manual_seed(seed)) / 255
+
+
+def mask_of(name: str, size: tuple[int, int]) -> Tensor:
+    return draw_mask(name, *size, Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_fit_the_model(size: tuple[int, int]) -> None:
+    fit = Fit.choose(size, native=128, stride=8)
+    assert all(
+        padded % 8 == 0 and 0 <= padded - scaled < 8 for padded, scaled in zip(fit.padded, fit.scaled, strict=True)
+    )
+    assert 128 <= min(fit.scaled) <= 192
+    assert fit.scaled[0] / fit.scaled[1] == pytest.approx(size[0] / size[1], rel=0.01)
+
+
+def test_asked_size_wins() -> None:
+    assert Fit.choose((300, 200), native=128, stride=8, shorter=100) == Fit((300, 200), (150, 100), (152, 104))
+    assert Fit.choose((150, 150), native=128, stride=8, shorter=128).scaled == (128, 128)
+
+
+def test_text_says_what_is_done() -> None:
+    assert Fit.choose((128, 136), 128, 8).text().endswith("136 x 128, solved as it is")
+    text = Fit.choose((131, 150), 128, 8).text()
+    assert "150 x 131, padded to 152 x 136 and cropped again" in text and "scaled" not in text
+    text = Fit.choose((300, 200), 128, 8).text()
+    assert "scaled to 128 x 192" in text and text.endswith("the result is 200 x 300")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["half", "random", "text"])
+def test_nothing_of_the_hole_reaches_the_solver(size: tuple[int, int], name: str) -> None:
+    fit, mask = Fit.choose(size, 128, 8), mask_of(name, size)
+    image, other = picture(*size), mask * picture(*size) + (1 - mask) * picture(*size, seed=1)
+    brought, known = fit.bring(image, mask)
+    brought_other, _ = fit.bring(other, mask)
+    assert brought.shape[2:] == known.shape[2:] == fit.padded
+    inside = known > 0
+    assert torch.equal(brought * inside, brought_other * inside)
+    assert brought.min() >= 0 and brought.max() <= 1 and known.min() >= 0 and known.max() <= 1
+
+
+def test_a_plain_colour_stays_plain_beside_a_hole() -> None:
+    size = (300, 200)
+    mask = mask_of("random", size)
+    image = mask * 0.25 + (1 - mask) * torch.ones(1, 3, *size)
+    brought, known = Fit.choose(size, 128, 8).bring(image, mask)
+    torch.testing.assert_close(brought[(known > 0).expand_as(brought)], torch.full(((known > 0).sum() * 3,), 0.25))
+
+
+def test_padding_is_unknown() -> None:
+    fit = Fit.choose((131, 150), 128, 8)
+    _, known = fit.bring(picture(131, 150), torch.ones(1, 1, 131, 150))
+    assert known[..., :131, :150].all() and not known[..., 131:, :].any() and not known[..., 150:].any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_known_pixels_come_back_unchanged(size: tuple[int, int]) -> None:
+    fit, mask, image = Fit.choose(size, 128, 8), mask_of("text", size), picture(*size)
+    result = fit.take_back(torch.rand(1, 3, *fit.padded), image, mask)
+    assert result.shape == image.shape
+    known = mask.bool().expand_as(image)
+    assert torch.equal(result[known], image[known])
+    assert not torch.equal(result[~known], image[~known])
+
+
+def test_no_size_to_change_changes_nothing() -> None:
+    image, mask = picture(128, 128), mask_of("scribble", (128, 128))
+    fit = Fit.choose((128, 128), 128, 8)
+    brought, known = fit.bring(image, mask)
+    assert torch.equal(brought, image) and torch.equal(known, mask)
+    assert torch.equal(fit.take_back(image, image, mask), image)
