@@ -68,7 +68,7 @@ def test_bundled_model_is_complete() -> None:
     for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
         assert any((folder / part).iterdir()), part
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert size <= 40 * 2**20
+    assert size <= 40_000_000
 
 
 @pytest.mark.parametrize("split", ["held_out", "validation"])
