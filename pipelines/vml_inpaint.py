@@ -301,7 +301,12 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         return (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive), negative
 
     def _prior(self, a: SimpleNamespace, prompt_embeds: Tensor, batch: int) -> StableDiffusionPrior:
-        arguments = {"cross_attention_kwargs": a.cross_attention_kwargs}
+        shared = {"cross_attention_kwargs": a.cross_attention_kwargs}
+        if self.unet.config.time_cond_proj_dim is not None:
+            scale = torch.tensor(self.guidance_scale - 1).repeat(batch)
+            embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
+            shared["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
+        conditions = [dict(shared) for _ in range(1 + self.do_classifier_free_guidance)]  # negative first
         if a.ip_adapter_image is not None or a.ip_adapter_image_embeds is not None:
             embeds = self.prepare_ip_adapter_image_embeds(
                 a.ip_adapter_image,
@@ -310,19 +315,18 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
                 batch,
                 self.do_classifier_free_guidance,
             )
-            arguments["added_cond_kwargs"] = {"image_embeds": embeds}
-        if self.unet.config.time_cond_proj_dim is not None:
-            scale = torch.tensor(self.guidance_scale - 1).repeat(batch)
-            embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
-            arguments["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
-        return StableDiffusionPrior(
+            for condition, *own in zip(conditions, *(e.chunk(len(conditions)) for e in embeds), strict=True):
+                condition["added_cond_kwargs"] = {"image_embeds": own}
+        prior = StableDiffusionPrior(
             unet=self.unet,
             vae=self.vae,
             scheduler=self.scheduler,
-            prompt_embeds=prompt_embeds,
-            guidance_scale=self.guidance_scale if self.do_classifier_free_guidance else None,
-            unet_arguments=arguments,
+            condition=conditions[-1],
+            negative=conditions[0] if self.do_classifier_free_guidance else None,
+            guidance_scale=self.guidance_scale,
         )
+        _set_prompt(prior, prompt_embeds)
+        return prior
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
         """x_T (B, c, h, w) float32: noise, or at strength < 1 the image's latents noised to the first level."""
@@ -361,7 +365,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
                 self.do_classifier_free_guidance,
             )
         if inpainting:
-            prior.unet_channels = torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
+            _set_inpainting(prior, tensors)
         return tensors
 
     def _descend(self, a, x_T, prior, measurement, levels, chosen, timesteps, tensors, started) -> Solution:
@@ -396,9 +400,9 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         changed = a.callback_on_step_end(self, level.index, timesteps[level.index], wanted) or {}
         level.x_next = changed.get("latents", level.x_next)
         tensors.update({name: changed[name] for name in tensors if name in changed})
-        prior.prompt_embeds = tensors["prompt_embeds"]
-        if prior.unet_channels is not None:
-            prior.unet_channels = torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
+        _set_prompt(prior, tensors["prompt_embeds"])
+        if prior.inpainting is not None:
+            _set_inpainting(prior, tensors)
 
     def _finish(self, a: SimpleNamespace, frame: _Frame, solution: Solution, paste: bool, dtype: torch.dtype):
         """Paste, safety check, output type: (images, flags)."""
@@ -414,6 +418,20 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             return image.cpu().permute(0, 2, 3, 1).numpy(), flagged
         images = to_pil(image)
         return (frame.overlay(images) if frame.overlay else images), flagged
+
+
+def _set_prompt(prior: StableDiffusionPrior, prompt_embeds: Tensor) -> None:
+    """Prompt embeddings as the stock pipeline concatenates them: under guidance the negative ones first."""
+    if prior.negative is None:
+        prior.condition["encoder_hidden_states"] = prompt_embeds
+    else:
+        prior.negative["encoder_hidden_states"], prior.condition["encoder_hidden_states"] = prompt_embeds.chunk(2)
+
+
+def _set_inpainting(prior: StableDiffusionPrior, tensors: dict) -> None:
+    """Mask and masked latents for a 9-channel UNet; the stock pipeline holds them twice under guidance."""
+    channels = torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
+    prior.inpainting = channels if prior.negative is None else channels.chunk(2)[1]
 
 
 def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> tuple[Measurement, Tensor, Tensor]:

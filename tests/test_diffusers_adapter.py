@@ -15,6 +15,7 @@ from diffusers import (
 from gaussian import Linear, random_problem
 
 from vml_ldm.adapters.diffusers import NonFiniteError, StableDiffusionPrior, check_scheduler, scheduler_levels
+from vml_ldm.adapters.diffusers.prior import GUIDANCE_REACH
 from vml_ldm.operators import Measurement
 from vml_ldm.solve import noise_like, vml_levels, vml_map
 
@@ -33,14 +34,20 @@ def levels(cls, count, renoise=1.0, **options):
     return scheduler, scheduler_levels(scheduler, scheduler.timesteps, renoise)
 
 
-def prior(unet=None, scheduler=None, guidance_scale=None, batch=2):
+def prior(scheduler=None, guidance_scale=None):
+    prompt = lambda seed: {"encoder_hidden_states": noise(2, 5, 128, seed=seed)}  # noqa: E731
     return StableDiffusionPrior(
-        unet=unet or tiny.unet(),
+        unet=tiny.unet(),
         vae=tiny.vae(),
         scheduler=scheduler or tiny.scheduler(),
-        prompt_embeds=torch.randn(batch if guidance_scale is None else 2 * batch, 5, 128),
-        guidance_scale=guidance_scale,
+        condition=prompt(0),
+        negative=None if guidance_scale is None else prompt(1),
+        guidance_scale=guidance_scale or 1.0,
     )
+
+
+def noise(*shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("cls", ACCEPTED)
@@ -116,7 +123,7 @@ def test_denoise_is_the_scheduler_s_clean_estimate(prediction_type, scaling):
     scheduler = tiny.scheduler(prediction_type, clip_sample=False)
     scheduler.set_timesteps(10)
     model, t, x_t = prior(scheduler=scheduler), scheduler.timesteps[4], torch.randn(2, 4, 8, 8)
-    out = model.unet(x_t, t, encoder_hidden_states=model.prompt_embeds).sample
+    out = model.unet(x_t, t, **model.condition).sample
     expected = scheduler.step(out, t, x_t).pred_original_sample
     abar = scheduler.alphas_cumprod[t].double()
     alpha, sigma = scaling * abar.sqrt().item(), scaling * (1 - abar).sqrt().item()
@@ -134,15 +141,18 @@ def test_timestep_is_looked_up_between_whole_steps():
 
 
 @torch.no_grad()
-def test_guidance_extrapolates_from_the_negative_prompt():
-    guided = prior(guidance_scale=3.0)
-    negative, positive = guided.prompt_embeds.chunk(2)
-    alone = lambda embeds: StableDiffusionPrior(  # noqa: E731
-        unet=guided.unet, vae=guided.vae, scheduler=guided.scheduler, prompt_embeds=embeds
-    )
-    x_t = torch.randn(2, 4, 8, 8)
-    d_n, d_p = (alone(e).denoise(x_t, 0.8, 0.6) for e in (negative, positive))
-    assert torch.allclose(guided.denoise(x_t, 0.8, 0.6), d_n + 3 * (d_p - d_n), atol=1e-4)
+def test_guidance_extrapolates_from_the_negative_prompt_within_its_reach():
+    """z0 + (w - 1) (D(prompt) - D(negative)) for a small w; for any w the push stays within the noise's reach."""
+    x_t, (alpha, sigma) = noise(2, 4, 8, 8), (0.8, 0.6)
+    near, far = prior(guidance_scale=1.001), prior(guidance_scale=1e6)
+    positive = near.denoise(x_t, alpha, sigma)
+    near.condition = near.negative
+    negative = near.denoise(x_t, alpha, sigma)
+    assert torch.allclose(near.guide(x_t, positive, alpha, sigma), positive + 0.001 * (positive - negative), atol=1e-5)
+    push = far.guide(x_t, positive, alpha, sigma) - positive
+    assert torch.allclose(push.square().mean((1, 2, 3)).sqrt(), torch.tensor(GUIDANCE_REACH * 0.6), rtol=1e-3)
+    assert torch.cosine_similarity(push.flatten(1), (positive - negative).flatten(1)).min() > 0.999
+    assert prior().guide is None
 
 
 def test_pull_backs_are_autograd_s_and_leave_the_weights_as_they_were():

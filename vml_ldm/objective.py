@@ -30,7 +30,8 @@ class Prior(Protocol):
 
     Two optional methods replace autograd where a model can do better (memory, precision):
     ``denoise_pullback(x_t, alpha, sigma) -> (z0_hat, pull)`` and ``decode_pullback(z) -> (image, pull)``, where
-    ``pull(cotangent)`` multiplies by the transposed Jacobian and is called at most once.
+    ``pull(cotangent)`` multiplies by the transposed Jacobian and is called at most once. A third,
+    ``guide(x_t, z0_hat, alpha, sigma) -> z0_hat``, may move the estimate from which the next state is made (None: no).
     """
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:

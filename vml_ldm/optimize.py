@@ -71,7 +71,7 @@ def descend(
         v = -alpha * pull(b)
         d, gain = _conjugate(v, last), _gain(data, last)
         if FLAGS.get("log"):
-            FLAGS["log"].append((sigma/alpha, gain.tolist() if torch.is_tensor(gain) else gain, residual.tolist()))
+            FLAGS["log"].append((sigma / alpha, gain.tolist() if torch.is_tensor(gain) else gain, residual.tolist()))
         eta, h_d = step_length(
             d, v, z0_hat, data, gain, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian
         )
@@ -80,7 +80,9 @@ def descend(
         last = _Last(v, d, data.residual, _column(eta, h_d) * h_d, gain)
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken)
 
+
 FLAGS = {"cg": True, "secant": True}
+
 
 class _Last(NamedTuple):
     v: Tensor
@@ -112,7 +114,7 @@ def step_length(d, v, z0_hat, data, gain, *, prior, measurement, noise, jacobian
     h = _PROBE * (d[0].numel() / length.clamp(min=torch.finfo(d.dtype).tiny)).sqrt()
     ahead = measurement.residual(prior.decode(z0_hat + _column(h, d) * d))
     h_d = (data.residual - ahead) / _column(h, ahead)
-    data_curvature = squares(h_d) * gain**2 / measurement.sigma_y ** 2
+    data_curvature = squares(h_d) * gain**2 / measurement.sigma_y**2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
     slope = (v * d).flatten(1).sum(1) * (1 if jacobian == "exact" else gain)
     return slope / (data_curvature + prior_curvature).clamp(min=torch.finfo(d.dtype).tiny), h_d

@@ -198,6 +198,7 @@ def vml_levels(
 
 
 def _levels(x_t, prior, measurement, schedule, inner_steps, jacobian, stop_at, generator):
+    guide = getattr(prior, "guide", None)
     for i in range(len(schedule)):
         alpha, sigma = schedule.scales(i)
         with torch.no_grad():
@@ -205,7 +206,10 @@ def _levels(x_t, prior, measurement, schedule, inner_steps, jacobian, stop_at, g
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
                 steps=inner_steps, jacobian=jacobian, stop_at=stop_at,
             )  # fmt: skip
-            x_next = schedule.step(i, inner.x_t, inner.z0_hat, generator)  # D(x_t), noised to the next level
+            z0 = inner.z0_hat  # D(x_t)
+            if guide is not None and i + 1 < len(schedule):
+                z0 = guide(inner.x_t, z0, alpha, sigma)
+            x_next = schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps)
         yield level
         x_t = level.x_next
@@ -245,6 +249,8 @@ class Metered:
 
     def __init__(self, prior: Prior):
         self.prior, self.calls, self.seconds = prior, Counter(), Counter()
+        guide = getattr(prior, "guide", None)
+        self.guide = guide and (lambda *state: self._timed("denoise", guide, *state))
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...objective import PullBack, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
+GUIDANCE_REACH = 0.3  # chosen on the validation images
 
 
 class NonFiniteError(FloatingPointError):
@@ -25,22 +26,23 @@ class NonFiniteError(FloatingPointError):
 
 
 class StableDiffusionPrior:
-    """UNet, VAE and prompt as ``E[z0 | x_t]``, encoder and decoder. Guidance and prompt live inside. Use it in `with`.
+    """UNet, VAE and prompt as ``E[z0 | x_t]``, encoder and decoder. Use it in `with`.
 
-    With guidance (classifier-free, scale w > 1) the estimate is ``D(x_t; "") + w (D(x_t; prompt) - D(x_t; ""))``. That
-    is no posterior mean, so the loss is then no exact KL: a practical extension.
+    The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
+    scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
 
     Args:
-        unet: `UNet2DConditionModel` with 4 input channels, or 9 (then `unet_channels` is appended).
+        unet: `UNet2DConditionModel` with 4 input channels, or 9 (then `inpainting` is appended).
         vae: `AutoencoderKL`.
         scheduler: gives `alphas_cumprod` and the prediction type (epsilon, v_prediction, sample).
-        prompt_embeds: (B, n, d), or (2B, n, d) with guidance: negative first, as the pipelines concatenate them.
-        guidance_scale: w; None for no guidance.
-        unet_channels: (B or 2B, 5, h, w), mask and masked latents of an inpainting checkpoint.
-        unet_arguments: further keyword arguments of the UNet's call.
+        condition: keyword arguments of the UNet's call for the prompt: encoder_hidden_states (B, n, d), and others.
+        negative: the same for the negative prompt; None for no guidance.
+        guidance_scale: w of classifier-free guidance; used when `negative` is given.
+        inpainting: (B, 5, h, w), mask and masked latents of a 9-channel checkpoint.
 
     Attributes:
-        retries: how often a network was run once more in float32.
+        guide: None without guidance.
+        retries: how often a network was run once more in float32, by network.
     """
 
     def __init__(
@@ -49,14 +51,15 @@ class StableDiffusionPrior:
         unet: nn.Module,
         vae: nn.Module,
         scheduler,
-        prompt_embeds: Tensor,
-        guidance_scale: float | None = None,
-        unet_channels: Tensor | None = None,
-        unet_arguments: dict | None = None,
+        condition: dict,
+        negative: dict | None = None,
+        guidance_scale: float = 1.0,
+        inpainting: Tensor | None = None,
     ):
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
-        self.prompt_embeds, self.guidance_scale = prompt_embeds, guidance_scale
-        self.unet_channels, self.unet_arguments = unet_channels, unet_arguments or {}
+        self.condition, self.negative, self.guidance_scale = condition, negative, guidance_scale
+        self.inpainting = inpainting
+        self.guide = None if negative is None else self._guide
         self.prediction_type = scheduler.config.prediction_type
         abar = scheduler.alphas_cumprod.double().cpu()
         self._angles = torch.atan2((1 - abar).sqrt(), abar.sqrt()).numpy()
@@ -65,7 +68,7 @@ class StableDiffusionPrior:
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         """``E[z0 | x_t]``, (B, c, h, w) float32, for ``x_t = alpha z0 + sigma e`` in any scaling."""
-        return self._guarded("the UNet", self.unet, lambda: self._denoise(x_t, alpha, sigma))
+        return self._guarded("the UNet", self.unet, lambda: self._denoise(x_t, alpha, sigma, self.condition))
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled and shifted as the UNet expects it, float32."""
@@ -77,7 +80,7 @@ class StableDiffusionPrior:
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``."""
-        return self._pullback("the UNet", self.unet, lambda x: self._denoise(x, alpha, sigma), x_t)
+        return self._pullback("the UNet", self.unet, lambda x: self._denoise(x, alpha, sigma, self.condition), x_t)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
@@ -104,31 +107,33 @@ class StableDiffusionPrior:
             network.to(dtype)
         self._upcast.clear()
 
-    def _denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+    def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
+        """``z0_hat + p``, ``p = (w - 1) (z0_hat - D(x_t; negative))``, with rms(p) held to what x_t leaves open.
+
+        Latents have unit variance, so at noise sigma / alpha a Gaussian would leave z0 the standard deviation
+        ``s = sigma / hypot(alpha, sigma)``; the push is shortened, image by image, to an rms of `GUIDANCE_REACH` s.
+        """
+        run = lambda: self._denoise(x_t, alpha, sigma, self.negative)  # noqa: E731
+        push = (self.guidance_scale - 1) * (z0_hat - self._guarded("the UNet", self.unet, run))
+        reach = GUIDANCE_REACH * sigma / math.hypot(alpha, sigma)
+        rms = push.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return z0_hat + push * (reach / rms.clamp(min=reach))
+
+    def _denoise(self, x_t: Tensor, alpha: float, sigma: float, condition: dict) -> Tensor:
         scale = math.hypot(alpha, sigma)
         x, a, s = x_t / scale, alpha / scale, sigma / scale  # variance preserving: a^2 + s^2 = 1
-        out = self._predict(x, self.timestep(alpha, sigma))
+        out = self._predict(x, self.timestep(alpha, sigma), condition)
         if self.prediction_type == "epsilon":
             return (x - s * out) / a
         return a * x - s * out if self.prediction_type == "v_prediction" else out
 
-    def _predict(self, x: Tensor, t: float) -> Tensor:
-        """The UNet's output after guidance, float32."""
-        inputs = x if self.guidance_scale is None else torch.cat([x, x])
-        if self.unet_channels is not None:
-            inputs = torch.cat([inputs, self.unet_channels.to(inputs)], dim=1)
+    def _predict(self, x: Tensor, t: float, condition: dict) -> Tensor:
+        """The UNet's output, float32."""
+        inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
         dtype = self._dtype(self.unet)
-        out = self.unet(
-            inputs.to(dtype),
-            torch.as_tensor(t, device=x.device),
-            encoder_hidden_states=self.prompt_embeds.to(dtype),
-            return_dict=False,
-            **self.unet_arguments,
-        )[0].to(x.dtype)
-        if self.guidance_scale is None:
-            return out
-        unconditional, conditional = out.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        condition = {**condition, "encoder_hidden_states": condition["encoder_hidden_states"].to(dtype)}
+        out = self.unet(inputs.to(dtype), torch.as_tensor(t, device=x.device), return_dict=False, **condition)
+        return out[0].to(x.dtype)
 
     def _encode(self, image: Tensor) -> Tensor:
         moments = self.vae.encode((2 * image - 1).to(self._dtype(self.vae)))

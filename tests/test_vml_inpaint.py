@@ -1,0 +1,355 @@
+"""VMLInpaintPipeline on the bundled checkpoint: the stock call, the known pixels, batches, masks, callbacks, errors."""
+
+import inspect
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+)
+from PIL import Image, ImageDraw
+
+from vml_ldm import VMLInpaintPipeline, bundled_model
+from vml_ldm.adapters.diffusers import NonFiniteError
+from vml_ldm.assets import example_images
+from vml_ldm.images import load_image
+from vml_ldm.report import Report
+
+SIZE = 64
+QUICK = {"height": SIZE, "width": SIZE, "num_inference_steps": 6, "inner_steps": 1}
+EXAMPLES = example_images("validation")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = VMLInpaintPipeline.from_pretrained(bundled_model(), safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def fresh(pipe):
+    """The same weights in a pipeline whose scheduler, UNet and settings a test may change."""
+    fresh = VMLInpaintPipeline(**pipe.components, requires_safety_checker=False)
+    fresh.set_progress_bar_config(disable=True)
+    return fresh
+
+
+def picture(index=0, size=(SIZE, SIZE)):
+    return load_image(EXAMPLES[index][0]).resize(size)
+
+
+def right_half(size=(SIZE, SIZE)):
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle((size[0] // 2, 0, *size), fill=255)
+    return mask
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+def call(pipe, **arguments):
+    return pipe(
+        **{
+            "prompt": "a hat",
+            "image": picture(),
+            "mask_image": right_half(),
+            "generator": seeds(0),
+            **QUICK,
+            **arguments,
+        }
+    )
+
+
+def test_the_call_is_the_stock_call_and_ours_come_after_it_by_name():
+    stock = inspect.signature(StableDiffusionInpaintPipeline.__call__).parameters
+    ours = inspect.signature(VMLInpaintPipeline.__call__).parameters
+    shared = [name for name in stock if name != "kwargs"]
+    assert list(ours)[: len(shared)] == shared
+    assert all(ours[name].default == stock[name].default for name in shared)
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(ours)[len(shared) : -1])
+
+
+@pytest.mark.parametrize("in_channels", [4, 9])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_solver_none_is_stock_bit_for_bit(fresh, in_channels, scheduler):
+    if in_channels == 9:
+        fresh.register_modules(unet=tiny.unet(9))
+    fresh.scheduler = scheduler.from_config(fresh.scheduler.config)
+    stock = StableDiffusionInpaintPipeline(**fresh.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    arguments = {**QUICK, "prompt": "a hat", "image": picture(), "mask_image": right_half(), "output_type": "np"}
+    del arguments["inner_steps"]
+    expected = stock(**arguments, generator=torch.Generator().manual_seed(1)).images
+    assert np.array_equal(
+        fresh(**arguments, generator=torch.Generator().manual_seed(1), solver="none").images, expected
+    )
+
+
+@pytest.mark.parametrize(
+    "scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_other_schedulers_solve_it_too(fresh, scheduler):
+    fresh.scheduler = scheduler.from_config(fresh.scheduler.config)
+    report = call(fresh, return_report=True, num_inference_steps=12, inner_steps=2).report
+    assert report.levels == 4 and report.trace[-1]["residual"][0] < report.trace[0]["residual"][0]
+
+
+def test_a_9_channel_unet_is_fed_its_mask(fresh):
+    fresh.register_modules(unet=tiny.unet(9))
+    assert call(fresh, guidance_scale=3.0).images[0].size == (SIZE, SIZE)
+
+
+def test_known_pixels_are_bit_identical_in_every_output_type(pipe):
+    image, mask = picture(), right_half()
+    known = np.asarray(mask) == 0
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(call(pipe).images[0])[known], pixels[known])
+    unit = pixels.astype(np.float32) / 255
+    assert np.array_equal(call(pipe, output_type="np").images[0][known], unit[known])
+    tensor = call(pipe, output_type="pt").images[0]
+    assert np.array_equal(tensor.permute(1, 2, 0).numpy()[known], unit[known])
+    assert not np.array_equal(np.asarray(call(pipe, paste=False).images[0])[known], pixels[known])
+
+
+def test_ten_edits_in_a_row_leave_the_known_pixels_alone(pipe):
+    image, mask = picture(), right_half()
+    known, edited = np.asarray(mask) == 0, picture()
+    for _ in range(10):
+        edited = call(pipe, image=edited, num_inference_steps=2).images[0]
+    assert np.array_equal(np.asarray(edited)[known], np.asarray(image)[known])
+
+
+def test_same_seed_same_result_other_seed_another(pipe):
+    one, same, other = (np.asarray(call(pipe, generator=seeds(s)).images[0]) for s in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("jacobian", ["exact", "free"])
+def test_a_batch_of_four_is_four_calls(pipe, jacobian):
+    prompts = [EXAMPLES[i][1] for i in range(4)]
+    images, masks = [picture(i) for i in range(4)], [right_half()] * 3 + [right_half().transpose(Image.ROTATE_90)]
+    common = {"output_type": "np", "jacobian": jacobian, "inner_steps": 3, "num_inference_steps": 12}
+    batch = call(pipe, prompt=prompts, image=images, mask_image=masks, generator=seeds(0, 1, 2, 3), **common).images
+    alone = [
+        call(pipe, prompt=p, image=i, mask_image=m, generator=seeds(s), **common).images[0]
+        for s, (p, i, m) in enumerate(zip(prompts, images, masks, strict=True))
+    ]
+    assert np.abs(batch - np.stack(alone)).max() <= 1 / 255
+
+
+def test_one_prompt_serves_several_images_and_each_may_come_in_copies(pipe):
+    out = call(
+        pipe, image=[picture(0), picture(1)], num_images_per_prompt=2, generator=seeds(0, 1, 2, 3), output_type="np"
+    )
+    known = np.asarray(right_half()) == 0
+    for result, source in zip(out.images, (0, 0, 1, 1), strict=True):
+        assert np.array_equal(result[known], np.asarray(picture(source), dtype=np.float32)[known] / 255)
+    assert not np.array_equal(out.images[0], out.images[1])
+
+
+def test_a_soft_mask_keeps_its_values(pipe):
+    """A pixel painted half is mixed half and half from the original and the solver's own image."""
+    mask = right_half().point(lambda value: value // 2)
+    raw = call(pipe, mask_image=mask, paste=False, output_type="np").images[0]
+    pasted = call(pipe, mask_image=mask, output_type="np").images[0]
+    p = np.asarray(mask, dtype=np.float32)[..., None] / 255
+    original = np.asarray(picture(), dtype=np.float32) / 255
+    assert np.abs(pasted - ((1 - p) * original + p * raw)).max() < 1e-6
+
+
+def test_a_black_mask_returns_the_image_and_a_white_one_samples_the_prior(pipe):
+    black, white = Image.new("L", (SIZE, SIZE)), Image.new("L", (SIZE, SIZE), 255)
+    assert np.array_equal(np.asarray(call(pipe, mask_image=black).images[0]), np.asarray(picture()))
+    out = call(pipe, mask_image=white, return_report=True)
+    assert out.report.inner_steps == 0 and out.report.levels == QUICK["num_inference_steps"]
+    assert out.report.calls["decode_vjp"] == 0 if "decode_vjp" in out.report.calls else True
+
+
+def test_alpha_grey_and_exif_are_upright_rgb_on_white(pipe):
+    turned = picture().transpose(Image.ROTATE_270)
+    exif = turned.getexif()
+    exif[0x0112] = 8  # shown turned by 90 degrees
+    turned.info["exif"] = exif.tobytes()
+    clear = Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0))
+    known = np.asarray(right_half()) == 0
+    assert (np.asarray(call(pipe, image=clear).images[0])[known] == 255).all()
+    grey = picture().convert("L")
+    result = np.asarray(call(pipe, image=grey).images[0])[known]
+    assert np.array_equal(result, np.asarray(grey.convert("RGB"))[known])
+
+
+def test_strength_below_one_starts_from_the_image(pipe):
+    report = call(pipe, strength=0.5, num_inference_steps=20, return_report=True).report
+    assert report.levels == 5 and pipe.num_timesteps == 5
+    assert report.calls["encode"] == 2
+    with pytest.raises(ValueError, match="strength 0.0 of 3 levels leaves none"):
+        call(pipe, strength=0.0)
+
+
+def test_padding_mask_crop_solves_the_crop_and_leaves_the_rest(pipe):
+    image, mask = picture(size=(160, 120)), Image.new("L", (160, 120))
+    ImageDraw.Draw(mask).rectangle((60, 40, 90, 70), fill=255)
+    out = np.asarray(call(pipe, image=image, mask_image=mask, padding_mask_crop=8).images[0])
+    known = np.asarray(mask) == 0
+    assert out.shape == (120, 160, 3) and np.array_equal(out[known], np.asarray(image)[known])
+    assert not np.array_equal(out[~known], np.asarray(image)[~known])
+
+
+def test_sizes_follow_the_stride(pipe):
+    assert call(pipe, height=56, width=88).images[0].size == (88, 56)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        call(pipe, height=60)
+
+
+def test_explicit_timesteps_are_the_levels(fresh):
+    fresh.scheduler = EulerDiscreteScheduler.from_config(fresh.scheduler.config, timestep_spacing="trailing")
+    report = call(fresh, timesteps=[900, 500, 100], return_report=True).report
+    assert report.levels == 3
+    report = call(fresh, sigmas=[10.0, 3.0, 1.0, 0.2], return_report=True).report
+    assert [level["sigma"] for level in report.trace] == pytest.approx([10.0, 3.0, 1.0, 0.2])
+
+
+def test_latents_in_and_out(pipe):
+    noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    common = {"latents": noise, "output_type": "latent", "generator": seeds(7)}
+    one, same = call(pipe, **common).images, call(pipe, **{**common, "generator": seeds(7)}).images
+    assert one.shape == noise.shape and torch.equal(one, same)
+    with pytest.raises(ValueError, match=r"`latents` has shape \(1, 4, 4, 4\); expected \(1, 4, 8, 8\)"):
+        call(pipe, latents=noise[..., :4, :4])
+
+
+def test_callbacks_count_levels_and_change_tensors(pipe):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), sorted(tensors)))
+        if step == pipe.num_timesteps - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
+    out = call(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, output_type="latent")
+    assert [step for step, *_ in seen] == [0, 1, 2] and seen[0][2] == sorted(names)
+    assert not out.images.any()
+
+
+def test_an_interrupted_call_returns_its_last_clean_estimate(pipe):
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+        return tensors
+
+    report = call(pipe, callback_on_step_end=stop, return_report=True).report
+    assert len(report.trace) == 2
+
+
+def test_the_report_measures_before_the_paste(pipe):
+    out = call(pipe, return_report=True, paste=False, output_type="np")
+    report, known = out.report, np.asarray(right_half()) == 0
+    error = out.images[0][known] - np.asarray(picture(), dtype=np.float32)[known] / 255
+    assert isinstance(report, Report) and report.residual[0] == pytest.approx(np.sqrt((error**2).mean()), rel=0.05)
+    assert len(report.text().splitlines()) == 5 and report.to_dict()["calls"] == report.calls
+    images, flags, same = call(pipe, return_report=True, return_dict=False)
+    assert flags is None and isinstance(same, Report) and len(call(pipe, return_dict=False)) == 2
+
+
+def test_a_named_noise_adds_to_the_vae_s_own(pipe):
+    report = call(pipe, sigma_y=0.1, return_report=True).report
+    assert report.effective_sigma_y[0] == pytest.approx(np.hypot(0.1, report.vae_error[0]), rel=1e-5)
+
+
+def test_no_guidance_no_negative_prompt_and_embeddings_instead_of_a_prompt(pipe):
+    embeds, negative = pipe.encode_prompt("a hat", "cpu", 1, True)
+    by_text = call(pipe, output_type="np").images
+    by_embeds = call(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative, output_type="np").images
+    assert np.array_equal(by_text, by_embeds)
+    assert call(pipe, guidance_scale=1.0, return_report=True).report.calls["denoise"] == 3 * 2
+
+
+def test_inside_inference_mode(pipe):
+    expected = call(pipe, output_type="np").images
+    with torch.inference_mode():
+        assert np.array_equal(call(pipe, output_type="np").images, expected)
+
+
+def test_weights_keep_their_gradient_flags(pipe):
+    before = [p.requires_grad for p in pipe.unet.parameters()]
+    call(pipe)
+    assert [p.requires_grad for p in pipe.unet.parameters()] == before
+
+
+def test_half_precision_networks_keep_a_float32_state(fresh):
+    halves = {"unet": tiny.unet().to(torch.bfloat16), "vae": tiny.vae().to(torch.bfloat16)}
+    fresh.register_modules(**halves)
+    image = call(fresh, output_type="pt").images
+    assert image.dtype == torch.float32 and fresh.unet.dtype == torch.bfloat16
+
+
+def test_non_finite_weights_are_named(fresh):
+    unet = tiny.unet()
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(torch.nan)
+    fresh.register_modules(unet=unet)
+    with pytest.raises(NonFiniteError, match="the UNet gave NaN or infinity"):
+        call(fresh)
+
+
+class _Checker(torch.nn.Module):
+    """Flags what it is told to, as the stock checker reports it."""
+
+    def __init__(self, flags):
+        super().__init__()
+        self.flags, self.anchor = flags, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, clip_input):
+        return images, self.flags
+
+
+def test_a_flagged_image_is_black_and_the_others_keep_their_pixels(fresh):
+    from transformers import CLIPImageProcessorPil
+
+    fresh.safety_checker, fresh.feature_extractor = _Checker([True, False]), CLIPImageProcessorPil()
+    out = call(fresh, image=[picture(0), picture(1)], generator=seeds(0, 1), output_type="np")
+    known = np.asarray(right_half()) == 0
+    assert out.nsfw_content_detected == [True, False] and not out.images[0].any()
+    assert np.array_equal(out.images[1][known], np.asarray(picture(1), dtype=np.float32)[known] / 255)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"solver": "ddnm"}, "solver is 'ddnm'; expected one of 'vml', 'none'"),
+        ({"jacobian": "half"}, "jacobian is 'half'; expected"),
+        ({"preset": "turbo"}, "preset is 'turbo'; expected one of 'fast', 'balanced', 'best'"),
+        ({"inner_steps": -1}, "inner_steps is -1; expected"),
+        ({"sigma_y": -0.1}, "sigma_y is -0.1; expected >= 0"),
+        ({"image": None}, "`image` is None"),
+        ({"mask_image": None}, "`mask_image` is None"),
+        ({"prompt": ["a", "b"], "image": [picture()] * 3}, "3 of `image` came for 2 prompts"),
+        ({"generator": seeds(0, 1)}, "2 generators came for 1 images"),
+        ({"solver": "none", "return_report": True}, "return_report=True came with solver='none'"),
+        ({"padding_mask_crop": 4, "mask_image": right_half((32, 32))}, "expected the same size"),
+    ],
+)
+def test_bad_input_is_refused_in_one_clear_sentence(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, **arguments)
+
+
+def test_an_unknown_argument_is_not_swallowed(pipe):
+    with pytest.raises(TypeError, match="jacobean"):
+        call(pipe, jacobean="free")
+
+
+def test_a_scheduler_that_is_not_served_is_refused_before_any_work(fresh):
+    fresh.scheduler = PNDMScheduler.from_config(fresh.scheduler.config)
+    with pytest.raises(ValueError, match="the scheduler is PNDMScheduler; expected one of"):
+        call(fresh)
