@@ -17,11 +17,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import retrieve_timesteps
 from torch import Tensor
-from vml_ldm.pipelines._common import Settings, each, settings, to_known, to_pixels
 
 from vml_ldm.adapters.diffusers import StableDiffusionPrior, check_scheduler, scheduler_levels
 from vml_ldm.images import composite, fill_holes, to_pil, upright_mask, upright_rgb
 from vml_ldm.operators import Mask, Measurement
+from vml_ldm.pipelines._common import Settings, each, settings, to_known, to_pixels
 from vml_ldm.report import Report
 from vml_ldm.solve import Levels, Metered, Solution, conclude, noise_like, record, vml_levels
 
@@ -332,10 +332,10 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         """x_T (B, c, h, w) float32: noise, or at strength < 1 the image's latents noised to the first level."""
         if a.latents is None:
             noise = noise_like(z_y, a.generator)
+        elif a.latents.shape == z_y.shape:
+            noise = a.latents.to(z_y)
         else:
-            noise = a.latents.to(z_y).expand_as(z_y) if len(a.latents) == 1 else a.latents.to(z_y)
-            if noise.shape != z_y.shape:
-                raise ValueError(f"`latents` has shape {tuple(noise.shape)}; expected {tuple(z_y.shape)}.")
+            raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {tuple(z_y.shape)}.")
         if a.strength == 1.0:
             return noise * float(self.scheduler.init_noise_sigma)
         alpha, sigma = levels.scales(0)
@@ -369,7 +369,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         return tensors
 
     def _descend(self, a, x_T, prior, measurement, levels, chosen, timesteps, tensors, started) -> Solution:
-        """VML-MAP with a progress bar, callbacks and interruption; an interrupted call keeps the last clean estimate."""
+        """VML-MAP with a progress bar, callbacks and interruption (which keeps the last clean estimate)."""
         trace = []
         solving = vml_levels(
             x_T,

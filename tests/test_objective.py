@@ -1,5 +1,7 @@
 """The objective against closed forms (float64): a Gaussian prior, a mixture, and the laws of its minimisers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from gaussian import Linear, MixturePrior, random_problem
@@ -34,9 +36,8 @@ def test_gradient_is_that_of_the_closed_form_kl(alpha, sigma):
 @pytest.mark.parametrize("alpha, sigma", [(1.0, 0.7), (0.8, 0.6)])
 def test_gradient_is_the_finite_difference_of_the_simplified_loss_for_a_mixture(alpha, sigma):
     double = {"dtype": torch.float64}
-    prior = MixturePrior(
-        torch.tensor([0.3, 0.7], **double), torch.tensor([[1.0, -1, 0], [-1, 0.5, 1]], **double), torch.tensor([0.6, 0.4], **double)
-    )  # fmt: skip
+    weights, stds = torch.tensor([0.3, 0.7], **double), torch.tensor([0.6, 0.4], **double)
+    prior = MixturePrior(weights, torch.tensor([[1.0, -1, 0], [-1, 0.5, 1]], **double), stds)
     h = torch.tensor([[1.0, 0.5, -0.3], [0.0, 1.0, 0.2]], **double)
     measurement = Measurement(Linear(h), torch.tensor([[[[0.4, -0.2]]]], **double), 0.3)
 
@@ -88,7 +89,7 @@ def test_inner_steps_descend(jacobian, alpha, sigma):
             x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma, steps=1, jacobian=jacobian, stop_at=0
         ).x_t
         values.append(kl(prior.posterior(x_t, alpha, sigma), goal).item())
-    assert all(after < before for before, after in zip(values, values[1:]))
+    assert all(after < before for before, after in pairwise(values))
 
 
 def test_the_bracket_descends_where_the_jacobian_is_positive():

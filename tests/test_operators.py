@@ -40,7 +40,7 @@ def test_any_callable_is_an_operator():
 
 @pytest.mark.parametrize("sigma_y", [0, -1, float("nan"), torch.ones(3), torch.ones(2, 2)])
 def test_sigma_y_must_be_positive_and_fit(sigma_y):
-    with pytest.raises(ValueError, match="sigma_y .*expected"):
+    with pytest.raises(ValueError, match=r"sigma_y .*expected"):
         Measurement(Mask(torch.ones(1, 1, 8, 6)), images(), sigma_y)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import DataTerm, Prior, bracket, data_term, denoise_pullback
+from .objective import Prior, bracket, data_term, denoise_pullback
 from .operators import Measurement, squares
 
 JACOBIANS = ("exact", "free")

@@ -57,8 +57,8 @@ class Report:
                 f"residual   {_row(self.residual)} rms on the known pixels, before the paste",
                 f"expected   {_row(self.effective_sigma_y)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
-                f"solver     {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}, "
-                f"preset {self.preset}; float32 retries: {retries}",
+                f"solver     {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian "
+                f"{self.jacobian}, preset {self.preset}; float32 retries: {retries}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}, encoder {calls.get('encode', 0)}",
                 f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, decoder "

@@ -49,8 +49,8 @@ class Schedule(Protocol):
 class Levels:
     """A `Schedule` from its scales: the next state is the clean estimate with noise of the next level.
 
-    ``x_next = alpha' z0_hat + sigma' (sqrt(1 - renoise^2) e_hat + renoise e)``, ``e_hat = (x_t - alpha z0_hat) / sigma``
-    and e fresh noise. renoise = 1 forgets e_hat (MAP-GA, arXiv:2407.20784); 0 is DDIM.
+    ``x_next = alpha' z0_hat + sigma' (sqrt(1 - renoise^2) e_hat + renoise e)`` with fresh noise e and
+    ``e_hat = (x_t - alpha z0_hat) / sigma``. renoise = 1 forgets e_hat (MAP-GA, arXiv:2407.20784); 0 is DDIM.
 
     Args:
         scales: (alpha, sigma) for each level, sigma > 0 and sigma / alpha falling.

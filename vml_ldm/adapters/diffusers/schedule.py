@@ -1,7 +1,7 @@
 """The noise levels of a diffusers scheduler.
 
-Only the levels come from the scheduler. The way from one to the next is `Levels`' own: multistep and predictor-corrector
-schedulers restore states that they stored, and would silently discard what the inner steps did.
+Only the levels come from the scheduler. The way from one to the next is `Levels`' own: multistep and
+predictor-corrector schedulers restore states that they stored, and would silently discard what the inner steps did.
 """
 
 from __future__ import annotations

@@ -1,0 +1,25 @@
+"""The report's arithmetic."""
+
+import json
+
+from vml_ldm.report import Report
+
+
+def report(**changes):
+    figures = {"sigma_y": [0.0], "vae_error": [0.03], "effective_sigma_y": [0.03], "residual": [0.024]}
+    common = {"levels": 8, "inner_steps": 5, "jacobian": "exact", "preset": "balanced"}
+    seconds = {"denoise": 1.0, "denoise_vjp": 2.0, "decode": 3.0, "decode_vjp": 3.5, "encode": 0.4, "total": 10.0}
+    return Report(**{**figures, **common, "seconds": seconds, "calls": {"denoise": 48}, **changes})
+
+
+def test_overhead_is_the_time_outside_the_networks():
+    assert abs(report().overhead - 0.01) < 1e-9 and report(seconds={}).overhead == 0
+
+
+def test_text_has_five_lines_and_the_ratio_to_what_the_vae_can_do():
+    lines = report(retries={"the VAE decoder": 1}).text().splitlines()
+    assert len(lines) == 5 and "0.80" in lines[1] and "1 x the VAE decoder" in lines[2] and "1.0%" in lines[4]
+
+
+def test_the_dict_is_plain():
+    assert json.loads(json.dumps(report().to_dict()))["overhead"] > 0
