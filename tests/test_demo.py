@@ -75,6 +75,14 @@ def test_second_run_does_nothing_again(finished, pipe, plan: Plan, monkeypatch, 
     assert "8 of 8 results stand in" in capsys.readouterr().out
 
 
+def test_rows_without_their_pictures_make_the_table_again(finished, pipe, plan: Plan, tmp_path, capsys) -> None:
+    folder, table = finished
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "rows.csv").write_bytes((folder / "rows.csv").read_bytes())
+    assert run(plan, pipe, RowFile(tmp_path / "kept")) == table
+    assert "No sheet" in capsys.readouterr().out and not (tmp_path / "kept" / "sheet.png").exists()
+
+
 def test_other_settings_are_other_rows(finished, pipe, plan: Plan) -> None:
     rows = RowFile(finished[0])
     assert all(is_done for is_done in done(Comparison(plan, pipe, rows)))

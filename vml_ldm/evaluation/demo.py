@@ -158,8 +158,7 @@ class Comparison:
         return self.rows.folder / "results" / self.fingerprint(method) / mask / f"{case.name}-{case.seed}.png"
 
     def is_done(self, method: Method, mask: str, case: Case) -> bool:
-        key = (case.name, mask, method.name, case.seed, self.fingerprint(method))
-        return key in self.rows.by_key and self.result_file(method, mask, case).is_file()
+        return (case.name, mask, method.name, case.seed, self.fingerprint(method)) in self.rows.by_key
 
     def measure_all(self) -> None:
         """Run every method on every mask and image that has no row yet."""
@@ -247,8 +246,15 @@ class Comparison:
         return f"{head}\n\n{comparison_table(found, plan.masks, [m.name for m in plan.methods])}"
 
     def draw_sheets(self) -> None:
-        """Draw one sheet over all masks, or for more than eight images one for each mask."""
+        """Draw one sheet over all masks, or for more than eight images one for each mask.
+
+        Rows that came without their pictures (kept in a repository, say) make a table but no sheet.
+        """
         masks = self.plan.masks
+        wanted = (self.result_file(m, mask, case) for m in self.plan.methods for mask in masks for case in self.cases)
+        if not all(file.is_file() for file in wanted):
+            print(f"No sheet: {self.rows.folder} holds the rows of some results but not their pictures.")
+            return
         if len(self.cases) > 8:
             for mask in masks:
                 sheet = draw_sheet(self._sheet_rows([(mask, case) for case in self.cases]), [mask] * len(self.cases))
