@@ -116,16 +116,28 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
-        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        keep = min(0.995, (1 + self.step) / (10 + self.step))
         for key, module in self.modules.items():
             torch._foreach_lerp_(list(self.ema[key].parameters()), list(module.parameters()), 1 - keep)
         now = time.monotonic()
         self.spent, self.clock = self.spent + now - self.clock, now
         return values[0], values[1]
 
-    def pause(self) -> None:
-        """Do not count the time since the last update (evaluation, export)."""
+    def fit(self, step: Callable[[], tuple[float, float]], check: Callable[[], dict], every: int = 250) -> None:
+        """Step until the time is spent; check and log now and then (that time does not count); save every 3 minutes."""
+        saved, values = time.monotonic(), []
         self.clock = time.monotonic()
+        while self.progress < 1:
+            values.append(step())
+            if self.step % every == 0 or self.progress == 1:
+                loss, error = torch.tensor(values).mean(0).tolist()
+                self.log(loss=loss, error=error, **check())
+                values = []
+                self.clock = time.monotonic()
+            if time.monotonic() - saved > 180:
+                self.save()
+                saved = time.monotonic()
+        self.save()
 
     def log(self, **values: float) -> None:
         line = {"stage": self.name, "step": self.step, "minutes": round(self.spent / 60, 2), **values}
@@ -205,19 +217,24 @@ def vae_batch(originals: torch.Tensor, weights: list[float], progress: float, rn
 
 
 def vae_loss(modules: dict, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 + 0.5 L1 of the image gradients + MSE + 1e-4 KL per latent, + two terms for colour, which is learnt late
-    without them: 4 MSE of 8 x 8 means, and 2 MSE of such means read off the latents linearly. And the MSE."""
+    """The image loss + 1e-4 KL per latent + 2 MSE of 8 x 8 mean colours read off the latents linearly (without this,
+    and the means in the image loss, the second axis of colour is learnt late); and the MSE."""
     vae = modules["vae"]
     with bfloat16():
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-    error = decoded.float() - images
+    loss, mse = image_loss(decoded.float() - images)
+    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    unread = colour_residual(posterior.mean.float(), F.avg_pool2d(images, 8)).square().mean()
+    return loss + 1e-4 * kl + 2 * unread, mse
+
+
+def image_loss(error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 + 0.5 L1 of the image gradients + MSE + 4 MSE of 8 x 8 means; and the MSE."""
     gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     mse = error.square().mean()
-    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     means = F.avg_pool2d(error, 8).square().mean()
-    unread = colour_residual(posterior.mean.float(), F.avg_pool2d(images, 8)).square().mean()
-    return error.abs().mean() + 0.5 * gradients + mse + 1e-4 * kl + 4 * means + 2 * unread, mse.detach()
+    return error.abs().mean() + 0.5 * gradients + mse + 4 * means, mse.detach()
 
 
 def colour_residual(latents: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
@@ -242,18 +259,10 @@ def train_vae(args, train: list[data.Item], validation: list[data.Item]) -> Auto
         rng = random.Random(data.SEED + run.step)
         originals, weights = data.load_originals(train), data.sampling_weights(train)
         checks = data.untouched(validation[::4])
-        saved = time.monotonic()
-        run.pause()
-        while run.progress < 1:
-            loss, mse = run.update(vae_loss, vae_batch(originals, weights, run.progress, rng))
-            if run.step % 250 == 0:
-                quality = psnr(round_trip(run.ema["vae"], checks), checks).mean().item()
-                run.log(loss=loss, mse=mse, validation_psnr=quality)
-                run.pause()
-            if time.monotonic() - saved > 180:
-                run.save()
-                saved = time.monotonic()
-        run.save()
+        run.fit(
+            lambda: run.update(vae_loss, vae_batch(originals, weights, run.progress, rng)),
+            lambda: {"validation_psnr": psnr(round_trip(run.ema["vae"], checks), checks).mean().item()},
+        )
     return standardise(run.ema["vae"], data.untouched(train[::8]))
 
 
@@ -264,12 +273,39 @@ def standardise(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(8)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     inward, outward = vae.quant_conv, vae.post_quant_conv
-    inward.weight[:4] /= std.view(4, 1, 1, 1)
-    inward.bias[:4] = (inward.bias[:4] - mean) / std
-    inward.bias[4:] -= 2 * std.log()  # the log variance
-    outward.bias += outward.weight[:, :, 0, 0] @ mean
-    outward.weight *= std.view(1, 4, 1, 1)
+    inward.weight[:4].div_(std.view(4, 1, 1, 1))
+    inward.bias[:4].sub_(mean).div_(std)
+    inward.bias[4:].sub_(2 * std.log())  # the log variance
+    outward.bias.add_(outward.weight[:, :, 0, 0] @ mean)
+    outward.weight.mul_(std.view(1, 4, 1, 1))
     return vae
+
+
+def tune_decoder(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> None:
+    """Go on with the decoder alone, on whole frames: the latents, and so the UNet, stay as they are."""
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    modules = {key: copy.deepcopy(module).requires_grad_(True) for key, module in modules.items()}
+    run = Run("decoder", modules, args, args.decoder_minutes, 6e-4)
+    if run.progress < 1 and not args.export_only:
+        rng = random.Random(data.SEED + run.step)
+        originals, weights = data.load_originals(train), data.sampling_weights(train)
+        checks = data.untouched(validation[::4])
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in checks.split(8)]).detach()
+
+        def loss_of(modules, images):
+            with torch.no_grad(), bfloat16():
+                latents = vae.encode(images).latent_dist.sample()
+            with bfloat16():
+                decoded = modules["decoder"](modules["post_quant_conv"](latents))
+            return image_loss(decoded.float() - images)
+
+        @torch.no_grad()
+        def check() -> dict:
+            decoded = [run.ema["decoder"](run.ema["post_quant_conv"](part)) for part in latents.split(8)]
+            return {"validation_psnr": psnr(torch.cat(decoded), checks).mean().item()}
+
+        run.fit(lambda: run.update(loss_of, vae_batch(originals, weights, 1.0, rng)), check)
+    vae.decoder, vae.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -422,25 +458,19 @@ def fit_diffusion(run: Run, best: Path, vae, latents, owners, tokenizer, train, 
         error = denoising_error(modules, alphas, clean, torch.randn_like(clean), steps, prompts)
         return (error * (snr[steps].clamp(max=5) / snr[steps])).mean(), error.detach().mean()
 
-    saved, losses = time.monotonic(), []
-    run.pause()
-    while run.progress < 1:
+    def step() -> tuple[float, float]:
         rows = torch.multinomial(weights, 32, replacement=True)
-        steps = torch.randint(1000, (32,))
         prompts = torch.where(torch.rand(32, 1) < EMPTY, empty, tokens[owners[rows]])
-        losses.append(run.update(loss_of, latents[rows], steps, prompts)[1])
-        if run.step % 300 == 0 or run.progress == 1:
-            held = validation_error(run.ema, alphas, unseen, unseen_tokens)
-            run.log(train_error=sum(losses) / len(losses), validation_error=held)
-            if held < run.best:
-                run.best = held
-                torch.save({key: module.state_dict() for key, module in run.ema.items()}, best)
-            losses = []
-            run.pause()
-        if time.monotonic() - saved > 180:
-            run.save()
-            saved = time.monotonic()
-    run.save()
+        return run.update(loss_of, latents[rows], torch.randint(1000, (32,)), prompts)
+
+    def check() -> dict:
+        error = validation_error(run.ema, alphas, unseen, unseen_tokens)
+        if error < run.best:
+            run.best = error
+            torch.save({key: module.state_dict() for key, module in run.ema.items()}, best)
+        return {"validation_error": error}
+
+    run.fit(step, check, every=300)
 
 
 @torch.no_grad()
@@ -526,6 +556,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--vae-minutes", type=float, default=62)
     parser.add_argument("--unet-minutes", type=float, default=30)
+    parser.add_argument("--decoder-minutes", type=float, default=0, help="then train the decoder alone for so long")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -539,7 +570,10 @@ def main() -> None:
     print(
         f"{len(train)} images to train on, {len(held_out)} emoji held out, {len(validation)} for validation", flush=True
     )
-    models = train_diffusion(args, train_vae(args, train, validation), train, validation)
+    vae = train_vae(args, train, validation)
+    models = train_diffusion(args, vae, train, validation)
+    if args.decoder_minutes:
+        tune_decoder(args, vae, train, validation)
     output = args.output or args.work / "export"
     export(models, output)
     report(output, held_out)
