@@ -357,7 +357,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 
 
 def new_unet(dropout: float = 0.1) -> UNet2DConditionModel:
-    """12.6 M parameters; the dropout is against memorising and is zero in the exported configuration."""
+    """12.8 M parameters; the dropout is against memorising and is zero in the exported configuration."""
     return UNet2DConditionModel(
         sample_size=SIZE // 8,
         block_out_channels=(64, 128, 160),
