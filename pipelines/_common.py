@@ -12,6 +12,8 @@ from torch import Tensor
 from vml_ldm.images import upright_mask, upright_rgb
 from vml_ldm.optimize import JACOBIANS
 
+_FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,6 +22,7 @@ class Settings:
     Attributes:
         budget: denoiser evaluations, as a multiple of `num_inference_steps`.
         inner_steps: K, inner steps at each level.
+        fixed: K was asked for by name, and is not lowered for a short budget.
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
@@ -27,18 +30,27 @@ class Settings:
 
     budget: float
     inner_steps: int
+    fixed: bool = False
     jacobian: str = "exact"
     renoise: float = 1.0
-    stop_at: float = 1.0
+    stop_at: float = 0.5
 
-    def levels(self, num_inference_steps: int) -> int:
-        """Levels that the budget pays: each costs K + 1 denoiser evaluations. At least one."""
-        return max(1, int(self.budget * num_inference_steps) // (self.inner_steps + 1))
+    def split(self, num_inference_steps: float) -> tuple[int, int]:
+        """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.
+
+        K is the preset's, or less where that would leave fewer than four levels (then at least 1).
+        """
+        evaluations = int(self.budget * num_inference_steps)
+        inner = self.inner_steps
+        if not self.fixed:
+            inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
+        return max(1, evaluations // (inner + 1)), inner
 
 
+# Chosen on the validation images: few levels with many inner steps beat many levels with few.
 PRESETS = {
-    "fast": Settings(budget=0.5, inner_steps=3),
-    "balanced": Settings(budget=1.0, inner_steps=5),
+    "fast": Settings(budget=0.5, inner_steps=5),
+    "balanced": Settings(budget=1.0, inner_steps=9),
     "best": Settings(budget=2.0, inner_steps=9),
 }
 
@@ -51,7 +63,8 @@ def settings(preset: str, **explicit) -> Settings:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
-    chosen = replace(PRESETS[preset], **{name: value for name, value in explicit.items() if value is not None})
+    given = {name: value for name, value in explicit.items() if value is not None}
+    chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
     if chosen.jacobian not in JACOBIANS:
         raise ValueError(f"jacobian is {chosen.jacobian!r}; expected one of {', '.join(map(repr, JACOBIANS))}.")
     if not isinstance(chosen.inner_steps, int) or chosen.inner_steps < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -108,8 +109,11 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
           residual weighs (1 - p)^2, and the paste mixes ``(1 - p) original + p result``. Stock binarises.
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
         - `num_inference_steps` is the budget of denoiser evaluations. K inner steps and one estimate for the next state
-          make K + 1 evaluations a level, so there are ``budget // (K + 1)`` levels; `num_timesteps`, the progress bar
-          and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels.
+          make K + 1 evaluations a level, so there are ``budget // (K + 1)`` levels (a short budget lowers K before it
+          goes below four levels, unless `inner_steps` is given); `num_timesteps`, the progress bar and callbacks count
+          levels. Explicit `timesteps` or `sigmas` are the levels.
+        - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
+          more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
         - `eta` has no effect: `renoise` says how the next state is made.
 
         Args:
@@ -158,8 +162,9 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         self._check(a)
         frame, batch = self._frame(a)
         if not frame.known.any():
-            chosen = replace(chosen, inner_steps=0)  # nothing was measured: all of the budget goes to levels
-        timesteps, levels = self._levels(a, chosen)
+            chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
+        timesteps, levels, inner_steps = self._levels(a, chosen)
+        chosen = replace(chosen, inner_steps=inner_steps)
         noise_std = _noise_std(sigma_y, batch, self._execution_device)
         prompt_embeds, negative_prompt_embeds = self._embed(a)
         with self._prior(a, prompt_embeds, batch) as prior:
@@ -190,6 +195,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             a.callback_on_step_end_tensor_inputs = a.callback_on_step_end.tensor_inputs
         a.height = a.height or self.unet.config.sample_size * self.vae_scale_factor
         a.width = a.width or self.unet.config.sample_size * self.vae_scale_factor
+        a.num_images_per_prompt = a.num_images_per_prompt or 1
         a.callback, a.callback_steps = getattr(a, "callback", None), getattr(a, "callback_steps", None)
         self.check_inputs(
             a.prompt,
@@ -267,23 +273,25 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
     def _overlay(self, a: SimpleNamespace, crop):
         return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
 
-    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels]:
-        """The time steps that callbacks see, and the levels."""
-        timesteps, count = retrieve_timesteps(
-            self.scheduler,
-            chosen.levels(a.num_inference_steps),
-            self._execution_device,
-            a.timesteps,
-            a.sigmas,
-        )
-        timesteps, count = self.get_timesteps(count, a.strength, self._execution_device)
-        if count < 1:
+    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, int]:
+        """The time steps that callbacks see, the levels, and the inner steps at each.
+
+        At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them.
+        """
+        levels, inner_steps = chosen.split(a.num_inference_steps * a.strength)
+        if a.timesteps is None and a.sigmas is None and int(a.num_inference_steps * a.strength) < 1:
             raise ValueError(
-                f"strength {a.strength} of {chosen.levels(a.num_inference_steps)} levels leaves none; expected one at "
-                "least. Raise strength or num_inference_steps, or lower inner_steps."
+                f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
+                "Raise strength or num_inference_steps."
             )
+        device = self._execution_device
+        of_all = math.ceil(levels / a.strength) if a.strength > 0 else 0
+        timesteps, count = retrieve_timesteps(self.scheduler, of_all, device, a.timesteps, a.sigmas)
+        timesteps, count = self.get_timesteps(count, a.strength, device)
+        if count < 1:
+            raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
         self._num_timesteps = count
-        return timesteps, scheduler_levels(self.scheduler, timesteps, chosen.renoise)
+        return timesteps, scheduler_levels(self.scheduler, timesteps, chosen.renoise), inner_steps
 
     def _embed(self, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
         """Prompt embeddings, negative ones first under guidance; and the negative ones alone."""

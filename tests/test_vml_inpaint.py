@@ -24,6 +24,7 @@ from vml_ldm import VMLInpaintPipeline, bundled_model
 from vml_ldm.adapters.diffusers import NonFiniteError
 from vml_ldm.assets import example_images
 from vml_ldm.images import load_image
+from vml_ldm.pipelines._common import settings
 from vml_ldm.report import Report
 
 SIZE = 64
@@ -195,8 +196,20 @@ def test_strength_below_one_starts_from_the_image(pipe):
     report = call(pipe, strength=0.5, num_inference_steps=20, return_report=True).report
     assert report.levels == 5 and pipe.num_timesteps == 5
     assert report.calls["encode"] == 2
-    with pytest.raises(ValueError, match=r"strength 0.0 of 3 levels leaves none"):
+    whole = call(pipe, num_inference_steps=20, return_report=True).report
+    assert report.trace[0]["sigma"] < whole.trace[0]["sigma"]
+    assert call(pipe, strength=0.1, num_inference_steps=50, inner_steps=None, return_report=True).report.levels >= 1
+    with pytest.raises(ValueError, match=r"strength 0.0 of 6 steps leaves none"):
         call(pipe, strength=0.0)
+
+
+@pytest.mark.parametrize(
+    "preset, steps, levels, inner_steps",
+    [("balanced", 50, 5, 9), ("fast", 50, 4, 5), ("best", 50, 10, 9), ("balanced", 20, 4, 4), ("balanced", 4, 2, 1)],
+)
+def test_the_budget_is_split_by_the_documented_rule(preset, steps, levels, inner_steps):
+    assert settings(preset).split(steps) == (levels, inner_steps)
+    assert settings(preset, inner_steps=1).split(50)[1] == 1
 
 
 def test_padding_mask_crop_solves_the_crop_and_leaves_the_rest(pipe):

@@ -1,7 +1,7 @@
 """How x_t moves inside one noise level: the descent direction, its length, and when to stop.
 
 Directions and lengths are in variance-exploding (VE) units, ``x_t / alpha``, where they compare with z0_hat:
-``x_t += alpha * eta * v``. Everything is per image: a batch moves as its images would move alone.
+``x_t += alpha * eta * d``. Everything is per image: a batch moves as its images would move alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Prior, bracket, data_term, denoise_pullback
+from .objective import DataTerm, Prior, PullBack, bracket, data_term, denoise_pullback
 from .operators import Measurement, squares
 
 JACOBIANS = ("exact", "free")
@@ -56,10 +56,9 @@ def descend(
         jacobian: "exact" pulls the bracket back through the denoiser (the gradient); "free" follows it as it is.
         stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``; 0 never rests.
     """
-    batch = len(x_t)
-    residual, nll = x_t.new_full((batch,), torch.nan), x_t.new_full((batch,), torch.nan)
-    taken = torch.zeros(batch, dtype=torch.long, device=x_t.device)
-    last = None
+    residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
+    taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+    v_last = d_last = None
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
@@ -69,62 +68,68 @@ def descend(
             return Descent(x_t, z0_hat, residual, nll, taken)
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
         v = -alpha * pull(b)
-        d, gain = _conjugate(v, last), _gain(data, last)
-        if FLAGS.get("log"):
-            FLAGS["log"].append((sigma / alpha, gain.tolist() if torch.is_tensor(gain) else gain, residual.tolist()))
-        eta, h_d = step_length(
-            d, v, z0_hat, data, gain, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian
+        d = v if d_last is None else conjugate(v, v_last, d_last)
+        eta = step_length(
+            d, v, z0_hat, data, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian
         )
         x_t = x_t + alpha * _column(eta * moving, d) * d
         taken += moving
-        last = _Last(v, d, data.residual, _column(eta, h_d) * h_d, gain)
+        v_last, d_last = v, d
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken)
 
 
-FLAGS = {"cg": True, "secant": True}
+def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
+    """The next direction of non-linear conjugate gradients (Polak-Ribiere, restarted where it turns uphill).
+
+    ``d = v + beta d_last``, ``beta = max(0, <v, v - v_last> / |v_last|^2)`` image by image: between the steps of one
+    level the loss is smooth, and conjugate directions cost no further network call.
+    """
+    beta = _dot(v, v - v_last) / squares(v_last).clamp(min=torch.finfo(v.dtype).tiny)
+    d = v + _column(beta.clamp(min=0), v) * d_last
+    return torch.where(_column(_dot(v, d) > 0, v), d, v)
 
 
-class _Last(NamedTuple):
-    v: Tensor
-    d: Tensor
-    residual: Tensor
-    predicted: Tensor
-    gain: Tensor
+def step_length(
+    d: Tensor,
+    v: Tensor,
+    z0_hat: Tensor,
+    data: DataTerm,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    noise: float,
+    jacobian: str,
+) -> Tensor:
+    """(B,): the minimiser along d of the loss's quadratic model, with one forward pass of the decoder.
 
+    ``eta = <v, d> / (|H d|^2 / sigma_y^2 + c |d|^2 / noise^2)``, H the derivative of ``A o Dec`` at z0_hat (a finite
+    difference). The change of z0_hat is taken to be the step itself, an upper bound where 0 <= J <= I. Then
+    ``J (I - J) <= 1/4`` bounds the prior's curvature in the exact form (c = 1/4), ``I - J <= 1`` in the free (c = 1).
 
-def _conjugate(v, last):
-    if last is None or not FLAGS["cg"]:
-        return v
-    beta = (squares(v) - (v * last.v).flatten(1).sum(1)) / squares(last.v).clamp(min=1e-30)
-    d = v + _column(beta.clamp(0, FLAGS.get("bmax", 5)), v) * last.d
-    uphill = (v * d).flatten(1).sum(1) <= 0
-    return torch.where(_column(uphill, v), v, d)
-
-
-def _gain(data, last):
-    if last is None or not FLAGS["secant"]:
-        return FLAGS.get("gain0", 1.0) * data.nll.new_ones(len(data.nll))
-    change = last.residual - data.residual
-    gain = (change * last.predicted).flatten(1).sum(1) / squares(last.predicted).clamp(min=1e-30)
-    return gain.clamp(*FLAGS.get("clip", (0.2, 20.0)))
-
-
-def step_length(d, v, z0_hat, data, gain, *, prior, measurement, noise, jacobian):
+    Args:
+        d: (B, c, h, w), the direction, VE units.
+        v: minus the gradient, or minus the bracket, VE units.
+        noise: ``sigma / alpha``, the level's noise in VE units.
+    """
+    tiny = torch.finfo(d.dtype).tiny
     length = squares(d)
-    h = _PROBE * (d[0].numel() / length.clamp(min=torch.finfo(d.dtype).tiny)).sqrt()
+    h = _PROBE * (d[0].numel() / length.clamp(min=tiny)).sqrt()
     ahead = measurement.residual(prior.decode(z0_hat + _column(h, d) * d))
-    h_d = (data.residual - ahead) / _column(h, ahead)
-    data_curvature = squares(h_d) * gain**2 / measurement.sigma_y**2
+    data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
-    slope = (v * d).flatten(1).sum(1) * (1 if jacobian == "exact" else gain)
-    return slope / (data_curvature + prior_curvature).clamp(min=torch.finfo(d.dtype).tiny), h_d
+    return _dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
 
 
-def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: str):
-    """z0_hat and the pull-back of the bracket: the denoiser's, or none."""
+def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: str) -> tuple[Tensor, PullBack]:
+    """z0_hat and the map of the bracket to the direction's units: J^T, or none of it."""
     if jacobian == "exact":
         return denoise_pullback(prior, x_t, alpha, sigma)
     return prior.denoise(x_t, alpha, sigma), lambda b: b / alpha
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, ...), (B, ...) -> (B,): inner products, image by image."""
+    return (a * b).flatten(1).sum(1)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

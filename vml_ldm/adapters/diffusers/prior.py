@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...objective import PullBack, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
-GUIDANCE_REACH = 0.3  # chosen on the validation images
+GUIDANCE_REACH = 0.1  # chosen on the validation images
 
 
 class NonFiniteError(FloatingPointError):
