@@ -20,7 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint impo
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import StableDiffusionPrior, check_scheduler, scheduler_levels
-from vml_ldm.images import composite, fill_holes, to_pil, upright_mask, upright_rgb
+from vml_ldm.images import fill_holes, seamless, to_pil, upright_mask, upright_rgb
 from vml_ldm.operators import Mask, Measurement
 from vml_ldm.pipelines._common import Settings, each, settings, to_known, to_pixels
 from vml_ldm.report import Report
@@ -126,7 +126,8 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             inner_steps: K, inner steps a level, >= 0. None: the preset's.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
-                height x width). False returns the solver's own image.
+                height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
+                `vml_ldm.images.seamless`). False returns the solver's own image.
             return_report: also return a `vml_ldm.report.Report`.
 
         Returns:
@@ -416,7 +417,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         """Paste, safety check, output type: (images, flags)."""
         if a.output_type == "latent":
             return solution.latent, None
-        image = composite(frame.pixels, solution.image, frame.known) if paste else solution.image
+        image = seamless(frame.pixels, solution.image, frame.known) if paste else solution.image
         _, flagged = self.run_safety_checker(2 * image - 1, image.device, dtype)
         if flagged is not None:  # flagged images come back black, as stock returns them; the others stay as they are
             image = image * (1 - torch.as_tensor(flagged).to(image).reshape(-1, 1, 1, 1))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vml_ldm.images import composite, fill_holes, from_pil, load_image, to_pil, upright_mask, upright_rgb
+from vml_ldm.images import composite, fill_holes, from_pil, load_image, seamless, to_pil, upright_mask, upright_rgb
 
 
 def gradient(size=(6, 4)):
@@ -41,6 +41,17 @@ def test_composite_is_bit_equal_at_both_ends_and_ignores_what_it_does_not_take()
     assert torch.equal(composite(image, known, 1 - mask), known)
     half = composite(torch.zeros(1, 3, 2, 3), torch.ones(1, 3, 2, 3), 0.25 * mask)
     assert torch.allclose(half, torch.tensor(0.75))
+
+
+def test_seamless_keeps_known_pixels_and_takes_a_constant_error_off_beside_them():
+    known, mask = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 16, 16)
+    mask[..., 8:] = 0
+    pasted = seamless(known, (known + 0.1) / 1.2, mask)
+    assert torch.equal(pasted * mask, known * mask)
+    off = torch.full_like(known, 0.6)
+    pasted = seamless(torch.full_like(known, 0.5), off, mask)
+    assert (pasted[..., 8] - 0.5).abs().max() < 0.01 and torch.allclose(pasted[..., 13:], off[..., 13:], atol=1e-3)
+    assert torch.equal(seamless(known, off, torch.zeros_like(mask)), off)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 7), (1, 5)])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vml_ldm.images import composite
+from vml_ldm.images import seamless
 
 _NEAR = 1.5  # up to so many times the model's own size an image is solved as it is
 
@@ -79,7 +79,7 @@ class Fit:
         painted = painted[..., : self.scaled[0], : self.scaled[1]]
         if self.scaled != self.size:
             painted = F.interpolate(painted, self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        return composite(image, painted, mask)
+        return seamless(image, painted, mask)
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+_CARRY, _CARRY_FLOOR = 1.0, 0.02  # pixels, and the weight of doing nothing; chosen on the validation images
+
 
 def load_image(path) -> Image.Image:
     """An image file as upright RGB (see `upright_rgb`), fully read.
@@ -49,6 +51,28 @@ def composite(known: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """
     mixed = mask * known + (1 - mask) * image
     return torch.where(mask == 1, known, torch.where(mask == 0, image, mixed))
+
+
+def seamless(known: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """`composite` without a seam: what the image misses of the known pixels is carried a pixel or two into the hole.
+
+    ``image + G * (m r) / (G * m + 0.02)``, ``r = known - image``, G a Gaussian of one pixel (a normalised convolution):
+    beside known pixels the decoder's own error is taken off, farther in nothing changes.
+
+    Args:
+        known, image: (B, 3, H, W) in [0, 1].
+        mask: (B, 1, H, W) in [0, 1], 1 = known. Known pixels come back bit-equal.
+    """
+    near = _blur(mask * (known - image)) / (_blur(mask) + _CARRY_FLOOR)
+    return composite(known, (image + near).clamp(0, 1), mask)
+
+
+def _blur(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> the same: a Gaussian of `_CARRY` pixels, zero outside the image."""
+    place = torch.arange(-4, 5, dtype=x.dtype, device=x.device)
+    kernel = torch.softmax(-place.square() / (2 * _CARRY**2), 0).expand(x.shape[1], 1, 1, -1)
+    rows = F.conv2d(x, kernel, padding=(0, 4), groups=x.shape[1])
+    return F.conv2d(rows, kernel.mT, padding=(4, 0), groups=x.shape[1])
 
 
 def fill_holes(image: Tensor, mask: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from vml_ldm.evaluation.rows import Row, RowFile
 from vml_ldm.evaluation.sheet import draw_sheet
 from vml_ldm.evaluation.table import comparison_table
 from vml_ldm.evaluation.tasks import MASKS, stack_masks
-from vml_ldm.images import composite, from_pil, load_image, to_pil
+from vml_ldm.images import from_pil, load_image, seamless, to_pil
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 
 MOST_PSNR = 100.0  # dB; what an error of zero is entered as
@@ -192,7 +192,7 @@ class Comparison:
         start = time.perf_counter()
         raw, report = self._solve(method, cases, known, self.plan.common_arguments())
         seconds = (time.perf_counter() - start) / len(cases)
-        pasted = composite(truth, raw, known)
+        pasted = seamless(truth, raw, known)  # stock too: what differs is the solver
         figures = zip(
             metrics.psnr(pasted, truth, 1 - known).clamp(max=MOST_PSNR).tolist(),
             self.distance(pasted, truth).tolist() if self.distance else [None] * len(cases),
