@@ -33,7 +33,7 @@ class Settings:
     fixed: bool = False
     jacobian: str = "exact"
     renoise: float = 1.0
-    stop_at: float = 0.5
+    stop_at: float = 1.0
 
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.

@@ -282,7 +282,7 @@ def test_the_report_measures_before_the_paste(pipe):
 
 def test_a_named_noise_adds_to_the_vae_s_own(pipe):
     report = call(pipe, sigma_y=0.1, return_report=True).report
-    assert report.effective_sigma_y[0] == pytest.approx(np.hypot(0.1, report.vae_error[0]), rel=1e-5)
+    assert report.effective_sigma_y[0] == pytest.approx(np.hypot(0.1, report.vae_error[0] / 2), rel=1e-5)
 
 
 def test_no_guidance_no_negative_prompt_and_embeddings_instead_of_a_prompt(pipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import hypot
 
 NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "encode")
 
@@ -14,7 +15,7 @@ class Report:
     Attributes:
         sigma_y: the noise that the caller named.
         vae_error: rms of y - A(Dec(Enc(.))): what the VAE's own round trip leaves of the measurement.
-        effective_sigma_y: sqrt(sigma_y^2 + vae_error^2), which the solver took.
+        effective_sigma_y: the sigma_y that the solver took, sqrt(sigma_y^2 + (vae_error / 2)^2).
         residual: rms of y - A(image), before any paste.
         levels, inner_steps: noise levels, and inner steps at each of them at the most.
         jacobian, preset: which form, which preset.
@@ -38,24 +39,29 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def expected(self) -> list[float]:
+        """sqrt(sigma_y^2 + vae_error^2): the residual of the truth after the VAE's round trip, in units of y."""
+        return [hypot(s, e) for s, e in zip(self.sigma_y, self.vae_error, strict=True)]
+
+    @property
     def overhead(self) -> float:
         """Share of the solve's time that was spent outside the networks, in [0, 1]."""
         total = self.seconds.get("total", 0.0)
         return 1 - sum(self.seconds.get(name, 0.0) for name in NETWORKS) / total if total else 0.0
 
     def to_dict(self) -> dict:
-        """Every field, and `overhead`, as plain Python values."""
-        return {**asdict(self), "overhead": self.overhead}
+        """Every field, `expected` and `overhead`, as plain Python values."""
+        return {**asdict(self), "expected": self.expected, "overhead": self.overhead}
 
     def text(self) -> str:
         """Five lines for a terminal."""
         calls, seconds = self.calls, self.seconds
-        ratio = [r / s for r, s in zip(self.residual, self.effective_sigma_y, strict=True)]
+        ratio = [r / max(e, 1e-12) for r, e in zip(self.residual, self.expected, strict=True)]
         retries = ", ".join(f"{count} x {name}" for name, count in self.retries.items()) or "none"
         return "\n".join(
             [
                 f"residual   {_row(self.residual)} rms on the known pixels, before the paste",
-                f"expected   {_row(self.effective_sigma_y)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
+                f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
                 f"solver     {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian "
                 f"{self.jacobian}, preset {self.preset}; float32 retries: {retries}",

@@ -72,7 +72,7 @@ def _notes(found: Mapping[tuple[str, str], Sequence[Row]], stock: str) -> list[s
     """What a reader of the table needs to know, and what it leaves out."""
     notes = [
         "Means over the images. Seconds are for one image, all methods in batches of the same size. "
-        "The known pixels are pasted into every method's image by the same function (vml_ldm.images.seamless), stock's too."
+        "One function (vml_ldm.images.seamless) pastes the known pixels into every method's image, stock's too."
     ]
     if min(map(len, found.values())) >= _FEWEST:
         notes.append(f"In brackets: mean paired difference to {stock} and its 95 % interval.")
