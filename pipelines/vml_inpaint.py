@@ -447,9 +447,9 @@ def _set_inpainting(prior: StableDiffusionPrior, tensors: dict) -> None:
 def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> tuple[Measurement, Tensor, Tensor]:
     """The known pixels as a measurement, the VAE's round-trip error on them, (B,), and their latent.
 
-    The holes are filled smoothly before the image goes through the VAE. The decoder cannot draw y exactly, so the solver
-    takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y: a latent that was searched for comes that much closer
-    than one that was encoded (found on the validation images).
+    The holes are filled smoothly before the image goes through the VAE. The decoder cannot draw y exactly, so the
+    solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y: a latent that was searched for comes closer
+    than one that was encoded (half was found on the validation images).
     """
     operator = Mask(frame.known)
     y = operator(frame.pixels)

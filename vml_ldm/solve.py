@@ -202,12 +202,12 @@ def _levels(x_t, prior, measurement, schedule, inner_steps, jacobian, stop_at, g
     for i in range(len(schedule)):
         alpha, sigma = schedule.scales(i)
         with torch.no_grad():
-            inner = descend(                                    # K times: x_t <- x_t - eta grad VML_S(x_t)
+            inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
                 steps=inner_steps, jacobian=jacobian, stop_at=stop_at,
             )  # fmt: skip
             z0 = inner.z0_hat  # D(x_t)
-            if guide is not None and i + 1 < len(schedule):
+            if guide is not None and i + 1 < len(schedule):  # the last estimate is the answer: no guidance there
                 z0 = guide(inner.x_t, z0, alpha, sigma)
             x_next = schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps)
