@@ -27,6 +27,7 @@ from vml_ldm.report import Report
 from vml_ldm.solve import Levels, Metered, Solution, conclude, noise_like, record, vml_levels
 
 SOLVERS = ("vml", "none")
+STARTS = ("noise", "measurement")
 _STOCK_ARGUMENTS = [
     name
     for name, parameter in inspect.signature(StableDiffusionInpaintPipeline.__call__).parameters.items()
@@ -97,6 +98,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         preset: str = "balanced",
         inner_steps: int | None = None,
         renoise: float | None = None,
+        start: str = "noise",
         paste: bool = True,
         return_report: bool = False,
         **kwargs,
@@ -126,6 +128,8 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             preset: "fast", "balanced" or "best": half, one and two times the budget (see `_common.PRESETS`).
             inner_steps: K, inner steps a level, >= 0. None: the preset's.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
+            start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
+                the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.
@@ -143,6 +147,8 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         stock = {name: _own(given[name]) for name in _STOCK_ARGUMENTS} | kwargs
         if solver not in SOLVERS:
             raise ValueError(f"solver is {solver!r}; expected one of {', '.join(map(repr, SOLVERS))}.")
+        if start not in STARTS:
+            raise ValueError(f"start is {start!r}; expected one of {', '.join(map(repr, STARTS))}.")
         if solver == "none":
             if return_report:
                 raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
@@ -152,7 +158,7 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
         chosen = settings(preset, jacobian=jacobian, inner_steps=inner_steps, renoise=renoise)
         with torch.inference_mode(False), torch.no_grad():
-            images, flagged, report = self._solve(SimpleNamespace(**stock), chosen, preset, sigma_y, paste)
+            images, flagged, report = self._solve(SimpleNamespace(**stock, start=start), chosen, preset, sigma_y, paste)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, flagged, report) if return_report else (images, flagged)
@@ -339,17 +345,17 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         return prior
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
-        """x_T (B, c, h, w) float32: noise, or at strength < 1 the image's latents noised to the first level."""
+        """x_T (B, c, h, w) float32: noise, or the image's or the measurement's latents noised to the first level."""
         if a.latents is None:
             noise = noise_like(z_y, a.generator)
         elif a.latents.shape == z_y.shape:
             noise = a.latents.to(z_y)
         else:
             raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {tuple(z_y.shape)}.")
-        if a.strength == 1.0:
+        if a.strength == 1.0 and a.start == "noise":
             return noise * float(self.scheduler.init_noise_sigma)
         alpha, sigma = levels.scales(0)
-        return alpha * prior.encode(frame.pixels) + sigma * noise
+        return alpha * (z_y if a.strength == 1.0 else prior.encode(frame.pixels)) + sigma * noise
 
     def _callback_tensors(
         self, a: SimpleNamespace, frame: _Frame, prior, prompt_embeds, negative_prompt_embeds

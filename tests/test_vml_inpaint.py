@@ -205,6 +205,20 @@ def test_strength_below_one_starts_from_the_image(pipe):
         call(pipe, strength=0.0)
 
 
+def test_a_start_from_the_measurement_is_nearer_to_it(fresh):
+    """Without inner steps one level's estimate shows where it started."""
+    fresh.scheduler = EulerDiscreteScheduler.from_config(fresh.scheduler.config, timestep_spacing="trailing")
+    known = np.asarray(right_half()) == 0
+
+    def miss(start):
+        out = call(
+            fresh, start=start, timesteps=[500], inner_steps=0, paste=False, output_type="np", guidance_scale=1.0
+        )
+        return np.abs(out.images[0][known] - np.asarray(picture(), dtype=np.float32)[known] / 255).mean()
+
+    assert miss("measurement") < 0.5 * miss("noise")
+
+
 @pytest.mark.parametrize(
     "preset, steps, levels, inner_steps",
     [("balanced", 50, 5, 9), ("fast", 50, 4, 5), ("best", 50, 10, 9), ("balanced", 20, 4, 4), ("balanced", 4, 2, 1)],
@@ -356,6 +370,7 @@ def test_flagged_images_are_black_and_the_others_keep_their_pixels(fresh, thresh
     [
         ({"solver": "ddnm"}, "solver is 'ddnm'; expected one of 'vml', 'none'"),
         ({"jacobian": "half"}, "jacobian is 'half'; expected"),
+        ({"start": "here"}, "start is 'here'; expected one of 'noise', 'measurement'"),
         ({"preset": "turbo"}, "preset is 'turbo'; expected one of 'fast', 'balanced', 'best'"),
         ({"inner_steps": -1}, "inner_steps is -1; expected"),
         ({"sigma_y": -0.1}, "sigma_y is -0.1; expected >= 0"),
