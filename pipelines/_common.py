@@ -51,7 +51,7 @@ class Settings:
 PRESETS = {
     "fast": Settings(budget=0.5, inner_steps=5),
     "balanced": Settings(budget=1.0, inner_steps=9),
-    "best": Settings(budget=2.0, inner_steps=9),
+    "best": Settings(budget=2.0, inner_steps=19),
 }
 
 

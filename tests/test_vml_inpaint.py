@@ -221,7 +221,7 @@ def test_a_start_from_the_measurement_is_nearer_to_it(fresh):
 
 @pytest.mark.parametrize(
     "preset, steps, levels, inner_steps",
-    [("balanced", 50, 5, 9), ("fast", 50, 4, 5), ("best", 50, 10, 9), ("balanced", 20, 4, 4), ("balanced", 4, 2, 1)],
+    [("balanced", 50, 5, 9), ("fast", 50, 4, 5), ("best", 50, 5, 19), ("balanced", 20, 4, 4), ("balanced", 4, 2, 1)],
 )
 def test_the_budget_is_split_by_the_documented_rule(preset, steps, levels, inner_steps):
     assert settings(preset).split(steps) == (levels, inner_steps)
