@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vml_ldm.images import upright_mask, upright_rgb
-from vml_ldm.optimize import JACOBIANS
+from vml_ldm.solve import check_choices
 
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
@@ -65,10 +65,7 @@ def settings(preset: str, **explicit) -> Settings:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
     given = {name: value for name, value in explicit.items() if value is not None}
     chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
-    if chosen.jacobian not in JACOBIANS:
-        raise ValueError(f"jacobian is {chosen.jacobian!r}; expected one of {', '.join(map(repr, JACOBIANS))}.")
-    if not isinstance(chosen.inner_steps, int) or chosen.inner_steps < 0:
-        raise ValueError(f"inner_steps is {chosen.inner_steps!r}; expected a whole number >= 0.")
+    check_choices(chosen.inner_steps, chosen.jacobian)
     return chosen
 
 
