@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
-EMPTY = 0.12  # share of empty prompts
+EMPTY, MADE_UP = 0.12, 0.25  # shares of empty prompts and of prompts with made-up words
 TRAIN_SHEET = (
     "red heart",
     "rocket",
@@ -356,8 +356,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- diffusion
 
 
-def new_unet(dropout: float = 0.1) -> UNet2DConditionModel:
-    """12.8 M parameters; the dropout is against memorising and is zero in the exported configuration."""
+def new_unet() -> UNet2DConditionModel:
+    """12.8 M parameters."""
     return UNet2DConditionModel(
         sample_size=SIZE // 8,
         block_out_channels=(64, 128, 160),
@@ -367,7 +367,6 @@ def new_unet(dropout: float = 0.1) -> UNet2DConditionModel:
         attention_head_dim=4,  # the number of heads, as in every Stable Diffusion 1.x configuration
         norm_num_groups=16,
         cross_attention_dim=WIDTH,
-        dropout=dropout,
     )
 
 
@@ -384,24 +383,44 @@ def new_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def cache_latents(args, vae: AutoencoderKL, train: list[data.Item]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latent means of augmented copies of every image, and which image each shows. An emoji without variants has
-    six copies, one with has two: the first is the whole image, the rest are zoomed and moved; half are flipped."""
+    """Latent means of copies of every image, and which image each shows. The first copy is the image as it is
+    evaluated; the others (six, or two for an emoji that has variants) are zoomed, moved and half of them flipped."""
     file = args.work / "latents.pt"
     if not file.exists():
-        rng, originals = random.Random(data.SEED), data.load_originals(train)
-        owners = [i for i, weight in enumerate(data.sampling_weights(train)) for _ in range(6 if weight == 1 else 2)]
-        first = {owner: row for row, owner in reversed(list(enumerate(owners)))}
-        scales = [1.0 if first[owner] == row else rng.uniform(0.85, 1.2) for row, owner in enumerate(owners)]
+        rng, originals, whole = random.Random(data.SEED), data.load_originals(train), data.untouched(train)
+        owners = [i for i, weight in enumerate(data.sampling_weights(train)) for _ in range(7 if weight == 1 else 3)]
+        copies = [
+            whole[owner] if row == owners.index(owner) else crop(originals[owner], SIZE, rng.uniform(0.85, 1.2), rng)
+            for row, owner in enumerate(owners)
+        ]
         latents = []
-        for start in range(0, len(owners), 32):
-            rows = range(start, min(start + 32, len(owners)))
-            images = torch.stack([crop(originals[owners[row]], SIZE, scales[row], rng) for row in rows])
+        for start in range(0, len(copies), 32):
             with bfloat16():
-                images = images.contiguous(memory_format=torch.channels_last)
+                images = torch.stack(copies[start : start + 32]).contiguous(memory_format=torch.channels_last)
                 latents.append(vae.encode(images).latent_dist.mode().half())
         torch.save({"latents": torch.cat(latents), "owners": torch.tensor(owners)}, file)
     saved = torch.load(file, weights_only=True)
     return saved["latents"], saved["owners"]
+
+
+def copy_weights(train: list[data.Item], owners: torch.Tensor) -> torch.Tensor:
+    """How often each copy is drawn: half the time of an image goes to its first, untouched one."""
+    weights, counts = torch.tensor(data.sampling_weights(train)), torch.bincount(owners)
+    first = F.pad(owners.diff() != 0, (1, 0), value=True)
+    return weights[owners] * torch.where(first, 0.5, 0.5 / (counts[owners] - 1))
+
+
+def made_up_words(prompts: list[str], copies: int = 8) -> list[str]:
+    """Copies of the prompts in which every other word is replaced by pieces of other words. The text encoder learns
+    from them to make nothing of a word that it does not know, which is what the name of a held-out emoji often is."""
+    rng = random.Random(data.SEED)
+    words = sorted({word for prompt in prompts for word in prompt.split()})
+    pieces = [word[i : i + 3] for word in words for i in range(0, len(word) - 1, 3)]
+
+    def replaced(word: str) -> str:
+        return word if rng.random() < 0.5 else "".join(rng.choices(pieces, k=rng.randint(1, 3)))
+
+    return [" ".join(map(replaced, prompt.split())) for prompt in prompts for _ in range(copies)]
 
 
 def denoising_error(models: dict, alphas: torch.Tensor, latents, noise, steps, tokens) -> torch.Tensor:
@@ -422,32 +441,37 @@ def validation_error(models: dict, alphas: torch.Tensor, latents: torch.Tensor, 
     for _ in range(4):
         noise = torch.randn(latents.shape, generator=generator)
         steps = torch.randint(1000, (len(latents),), generator=generator)
-        errors.append(denoising_error(models, alphas, latents, noise, steps, tokens).mean())
+        errors.append(denoising_error(models, alphas, latents, noise, steps, tokens.expand(len(latents), -1)).mean())
     return torch.stack(errors).mean().item()
 
 
 def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> dict:
-    """Train UNet and text encoder on the cached latents; the moving average with the best validation error."""
+    """Train UNet and text encoder on the cached latents; the moving average is returned."""
     torch.manual_seed(data.SEED)
     tokenizer = train_tokenizer([item.prompt for item in train])
     modules = {"unet": new_unet().to(memory_format=torch.channels_last), "text_encoder": new_text_encoder(tokenizer)}
-    run = Run("unet", modules, args, args.unet_minutes, 4e-4)
-    best = args.work / "unet-best.pt"
+    run = Run("unet", modules, args, args.unet_minutes, 6e-4)
     latents, owners = cache_latents(args, vae, train)
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     if run.progress < 1 and not args.export_only:
-        fit_diffusion(run, best, vae, latents.float() * vae.config.scaling_factor, owners, tokenizer, train, validation)
-    for key, state in torch.load(best, weights_only=True).items():
-        run.ema[key].load_state_dict(state)
+        fit_diffusion(run, vae, latents.float() * vae.config.scaling_factor, owners, tokenizer, train, validation)
     return {**run.ema, "tokenizer": tokenizer, "vae": vae}
 
 
-def fit_diffusion(run: Run, best: Path, vae, latents, owners, tokenizer, train, validation) -> None:
-    """The training loop: min-SNR-5 weights, empty prompts, a validation every 300 steps."""
-    alphas = new_scheduler().alphas_cumprod
+def loss_weights(alphas: torch.Tensor) -> torch.Tensor:
+    """Weight of the noise error at every step: min-SNR-5 where there is little noise; the error of the velocity, 1/a,
+    where there is much (at most 20), or the error that the prompt explains would be too small to be learnt."""
     snr = alphas / (1 - alphas)
-    tokens, empty = tokenize(tokenizer, [item.prompt for item in train]), tokenize(tokenizer, [""])
-    weights = torch.tensor(data.sampling_weights(train))[owners] / torch.bincount(owners)[owners]
+    return (snr.clamp(max=5) / snr) * (1 / alphas).clamp(max=20)
+
+
+def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation) -> None:
+    """The training loop, with a validation every 300 steps."""
+    alphas = new_scheduler().alphas_cumprod
+    by_step, by_copy = loss_weights(alphas), copy_weights(train, owners)
+    names = [item.prompt for item in train]
+    tokens, empty = tokenize(tokenizer, names), tokenize(tokenizer, [""])
+    garbled = tokenize(tokenizer, made_up_words(names)).view(len(names), -1, TOKENS)
     unseen = round_trip_latents(vae, data.untouched(validation))
     unseen_tokens = tokenize(tokenizer, [item.prompt for item in validation])
     torch.manual_seed(data.SEED + run.step)
@@ -456,19 +480,18 @@ def fit_diffusion(run: Run, best: Path, vae, latents, owners, tokenizer, train, 
 
     def loss_of(modules, clean, steps, prompts):
         error = denoising_error(modules, alphas, clean, torch.randn_like(clean), steps, prompts)
-        return (error * (snr[steps].clamp(max=5) / snr[steps])).mean(), error.detach().mean()
+        return (error * by_step[steps]).mean(), error.detach().mean()
 
     def step() -> tuple[float, float]:
-        rows = torch.multinomial(weights, 32, replacement=True)
-        prompts = torch.where(torch.rand(32, 1) < EMPTY, empty, tokens[owners[rows]])
+        rows = torch.multinomial(by_copy, 32, replacement=True)
+        which, kind = owners[rows], torch.rand(32, 1)
+        prompts = torch.where(kind < MADE_UP, garbled[which, torch.randint(garbled.shape[1], (32,))], tokens[which])
+        prompts = torch.where(kind > 1 - EMPTY, empty, prompts)
         return run.update(loss_of, latents[rows], torch.randint(1000, (32,)), prompts)
 
     def check() -> dict:
-        error = validation_error(run.ema, alphas, unseen, unseen_tokens)
-        if error < run.best:
-            run.best = error
-            torch.save({key: module.state_dict() for key, module in run.ema.items()}, best)
-        return {"validation_error": error}
+        named = validation_error(run.ema, alphas, unseen, unseen_tokens)
+        return {"validation_named": named, "validation_empty": validation_error(run.ema, alphas, unseen, empty)}
 
     run.fit(step, check, every=300)
 
@@ -485,8 +508,6 @@ def export(models: dict, folder: Path) -> None:
     """The Stable Diffusion 1.x layout: float16 UNet and VAE, float32 text encoder (transformers keeps its type)."""
     for name in ("unet", "vae"):
         module = copy.deepcopy(models[name]).half()
-        if name == "unet":
-            module.register_to_config(dropout=0.0)
         module.save_pretrained(folder / name)
     models["text_encoder"].save_pretrained(folder / "text_encoder")
     models["tokenizer"].save_pretrained(folder / "tokenizer")
