@@ -12,6 +12,7 @@ from .base import LinearOperator, Operator, OrthonormalRows, check_rho, check_si
 
 _BETA = 0.9  # feedback of the hybrid input-output iteration
 
+
 class PhaseRetrieval(Operator):
     """The magnitude of the Fourier transform, its phase lost: ``y = |F P x|``, F orthonormal, P padding by zeros.
 
@@ -40,28 +41,20 @@ class PhaseRetrieval(Operator):
         """(B, C, H, W) in [0, 1]: hybrid input-output (Fienup, 1982), from random pixels.
 
         ``x <- x + beta [P((1 + 1/beta) M x - x / beta) - M x]``, beta = 0.9: M gives x's spectrum the magnitudes y, P
-        keeps values in [0, 1] and the padding at zero. The last tenth of the steps are ``x <- P M x``. The result may
-        come out turned by 180 degrees; the other channels are turned as the first one is.
+        keeps values in [0, 1] and the padding at zero. The last tenth of the steps are ``x <- P M x``. The image may
+        come out turned by 180 degrees; the other channels begin with the first one's result, to be turned alike.
 
         Args:
             y: (B, C, H', W').
             steps: iterations, of two Fourier transforms each.
-            seed: of the pixels it begins with, the same for every image and channel.
+            seed: of the pixels it begins with.
         """
         expect(y, "y", ("B", "C", "H'", "W'"), "Pass what this operator returned.")
-        height, width = (math.floor(n / self.oversample + 1e-9) for n in y.shape[2:])
-        frame = F.pad(y.new_ones(height, width), (0, y.shape[3] - width, 0, y.shape[2] - height))
-        noise = torch.rand(y.shape[2:], generator=torch.Generator().manual_seed(seed))
-        x = (noise.to(y) * frame).expand(y.shape)
-        for step in range(steps):
-            spectrum = torch.fft.fft2(x, norm="ortho")
-            agreeing = torch.fft.ifft2(y * torch.sgn(spectrum), norm="ortho").real
-            if step < 0.9 * steps:
-                reflected = (1 + 1 / _BETA) * agreeing - x / _BETA
-                x = x + _BETA * (reflected.clamp(0, 1) * frame - agreeing)
-            else:
-                x = agreeing.clamp(0, 1) * frame
-        return _turn_alike(x[..., :height, :width].clamp(0, 1))
+        size = [math.floor(n / self.oversample + 1e-9) for n in y.shape[2:]]
+        noise = torch.rand(size, generator=torch.Generator().manual_seed(seed)).to(y)
+        first = _find_phase(noise.expand(len(y), 1, -1, -1), y[:, :1], steps)
+        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], steps)
+        return torch.cat([first, others], 1)
 
 
 class CompressedSensing(OrthonormalRows):
@@ -180,9 +173,17 @@ def _hadamard(n: int) -> Tensor:
     return matrix / math.sqrt(n)
 
 
-def _turn_alike(x: Tensor) -> Tensor:
-    """(B, C, H, W), each channel turned by 180 degrees if it is then more like the first one."""
-    turned, first = x.flip(2, 3), x[:, :1]
-    about = first - first.mean((2, 3), keepdim=True)
-    like, unlike = ((side * about).sum((2, 3), keepdim=True) for side in (x, turned))
-    return torch.where(like >= unlike, x, turned)
+def _find_phase(image: Tensor, y: Tensor, steps: int) -> Tensor:
+    """The hybrid input-output iteration of `PhaseRetrieval.start` from an image."""
+    height, width = image.shape[2:]
+    padding = (0, y.shape[3] - width, 0, y.shape[2] - height)
+    frame, x = F.pad(y.new_ones(height, width), padding), F.pad(image, padding)
+    for step in range(steps):
+        spectrum = torch.fft.fft2(x, norm="ortho")
+        agreeing = torch.fft.ifft2(y * torch.sgn(spectrum), norm="ortho").real
+        if step < 0.9 * steps:
+            reflected = (1 + 1 / _BETA) * agreeing - x / _BETA
+            x = x + _BETA * (reflected.clamp(0, 1) * frame - agreeing)
+        else:
+            x = agreeing.clamp(0, 1) * frame
+    return x[..., :height, :width].clamp(0, 1)
