@@ -100,7 +100,7 @@ def each(table):
     return pytest.mark.parametrize(("operator", "shape"), list(table.values()), ids=list(table))
 
 
-def exact(names):
+def over(names):
     return pytest.mark.parametrize("operator", [LINEAR[name][0] for name in names], ids=names)
 
 
@@ -245,7 +245,7 @@ def test_closed_forms_are_where_they_are_said_to_be():
     }
 
 
-@exact(EXACT)
+@over(EXACT)
 def test_pinv_is_the_pseudo_inverse(operator):
     a, y = dense(operator), operator(images(seed=8)) + 0.1 * operator(images(seed=9)).flip(2)
     expected = torch.linalg.pinv(a, rtol=1e-9) @ vector(y).T
@@ -254,7 +254,7 @@ def test_pinv_is_the_pseudo_inverse(operator):
     assert torch.allclose(operator(operator.pinv(operator(x))), operator(x))
 
 
-@exact([name for name in LINEAR if name not in EXACT])
+@over([name for name in LINEAR if name not in EXACT])
 def test_pinv_is_the_regularised_inverse(operator):
     a, y = dense(operator), operator(images(seed=8))
     matrix = a.T @ a + 0.01 * torch.eye(a.shape[1], dtype=torch.float64)
@@ -262,7 +262,7 @@ def test_pinv_is_the_regularised_inverse(operator):
     assert torch.allclose(operator.pinv(y).flatten(1), expected, atol=1e-4)
 
 
-@exact(["mask", "crop", "downsample, average", "grayscale"])
+@over(["mask", "crop", "downsample, average", "grayscale"])
 def test_start_agrees_with_y(operator):
     y = operator(images())
     assert torch.allclose(operator(operator.start(y)), y)
@@ -280,7 +280,7 @@ def test_rho_must_be_positive_and_fit(rho):
         MASK.solve(images(), rho)
 
 
-@exact([name for name in LINEAR if name != "composition"])
+@over([name for name in LINEAR if name != "composition"])
 def test_wrong_y_is_named(operator):
     y = operator(images())
     with pytest.raises(ValueError, match=r"y has shape .*expected"):
@@ -502,8 +502,13 @@ def test_deepinv_physics():
     operator = from_physics(inpainting)
     assert operator.linear and torch.equal(operator(x), inpainting.A(x))
     assert torch.allclose(operator.pinv(operator(x)), MASK.pinv(MASK(x)))
-    nonlinear = from_physics(physics.RandomPhaseRetrieval(m=50, img_size=(3, *SIZE)))
-    assert not nonlinear.linear
+    blur = physics.BlurFFT((3, *SIZE), filter=kernels().float())
+    y = from_physics(blur)(x)
+    assert torch.allclose((y * y).sum(), (x * from_physics(blur).adjoint(y)).sum())
+    assert from_physics(blur).start(y).shape == x.shape
+    magnitudes = from_physics(physics.RandomPhaseRetrieval(m=50, img_size=(3, *SIZE)))  # it takes complex images
+    nonlinear = Compose(lambda image: image.cfloat(), magnitudes)
+    assert not magnitudes.linear and not nonlinear.linear
     Measurement(nonlinear, nonlinear(x), 0.1).check(SIZE)
 
 

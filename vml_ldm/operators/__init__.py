@@ -21,8 +21,8 @@ observed, ``y = A(x0) + n`` with ``n ~ N(0, sigma_y^2 I)``.
 ``Compose(a, b)``, or ``b @ a``, is first a, then b; `Custom` takes a function and its vector-Jacobian product;
 `from_physics` takes deepinv's. All of them say whether they are ``linear``. A linear one has ``adjoint(y)``,
 ``pinv(y)`` and ``solve(b, rho) = (A^T A + rho I)^-1 b`` (`LinearOperator`); ``start(y)`` is an image in [0, 1] to
-begin from. y has the image's dtype, float32 or float64 (complex for FourierLines), and is on its device, whither the
-tensors that an operator holds follow at each call.
+begin from. y has the image's dtype, float32 or float64 (complex for FourierLines), and its device: at each call the
+tensors that an operator holds follow the image.
 """
 
 from .base import Compose, LinearOperator, Operator, conjugate_gradients, squares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ class Downsample(Separable):
 
 def _places(which: int | Sequence[int], length: int, name: str) -> Tensor:
     """The places kept along an axis, as a tensor of whole numbers."""
-    if isinstance(which, int):
+    if isinstance(which, Integral):
         if which < 1:
             raise ValueError(f"{name} is {which}; expected a step >= 1, or the places to keep.")
         return torch.arange(0, length, which)
