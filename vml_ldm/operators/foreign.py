@@ -1,0 +1,108 @@
+"""Operators made elsewhere: another library's physics, and functions that torch cannot differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .base import LinearOperator, Operator
+
+
+class Custom(Operator):
+    """An operator given by two functions, for what torch cannot differentiate: ``y = forward(x)`` and its pull-back.
+
+    Args:
+        forward: image (B, 3, H, W) -> y, run without a graph.
+        vjp: (image, cotangent) -> ``J^T cotangent``, shaped like the image; J is forward's Jacobian at the image, the
+            cotangent is shaped like y.
+
+    It can be differentiated once, in reverse mode.
+
+    Raises:
+        TypeError: an argument that cannot be called; at the call, a result that is no tensor.
+        ValueError: in the backward pass, a result of vjp that is not shaped like the image.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], vjp: Callable[[Tensor, Tensor], Tensor]):
+        for name, function in (("forward", forward), ("vjp", vjp)):
+            if not callable(function):
+                raise TypeError(f"{name} is {function!r}; expected a function.")
+        self.forward, self.vjp = forward, vjp
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return _PulledBack.apply(image, self.forward, self.vjp)
+
+
+class _PulledBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, forward: Callable, vjp: Callable) -> Tensor:
+        ctx.save_for_backward(image)
+        ctx.vjp = vjp
+        y = forward(image.detach())
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"forward returned {type(y).__name__}; expected a tensor. Convert it, on the image's device."
+            )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        (image,) = ctx.saved_tensors
+        gradient = ctx.vjp(image, cotangent)
+        if gradient.shape != image.shape:
+            raise ValueError(
+                f"vjp returned shape {tuple(gradient.shape)}; expected the image's, {tuple(image.shape)}: "
+                "the transposed Jacobian at the image times the cotangent."
+            )
+        return gradient, None, None
+
+
+def from_physics(physics: Any, *, linear: bool | None = None) -> Operator:
+    """A deepinv ``Physics`` as an operator; its noise model is left out, for `Measurement` has its own.
+
+    Args:
+        physics: an object with ``A(x)``. A linear one needs ``A_adjoint(y)``. ``A_dagger(y)``, where there is one,
+            becomes pinv and start of a linear operator and start of a nonlinear one. Move it to the images' device.
+        linear: None goes by deepinv's class, ``LinearPhysics``; pass it for an object of another library.
+
+    Raises:
+        TypeError: there is no ``A``, or a linear one has no ``A_adjoint``.
+    """
+    if linear is None:  # by name: deepinv is not imported, and some of its nonlinear classes have an A_adjoint too
+        linear = any(kind.__name__ == "LinearPhysics" for kind in type(physics).__mro__)
+    for name in ("A", "A_adjoint") if linear else ("A",):
+        if not callable(getattr(physics, name, None)):
+            raise TypeError(f"{type(physics).__name__} has no method {name}; expected a deepinv Physics or its like.")
+    return _LinearPhysics(physics) if linear else _Physics(physics)
+
+
+class _Physics(Operator):
+    def __init__(self, physics: Any):
+        self.physics = physics
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.physics.A(image)
+
+    def start(self, y: Tensor) -> Tensor:
+        if not hasattr(self.physics, "A_dagger"):
+            raise TypeError(f"{type(self.physics).__name__} has no A_dagger to begin from. Begin from noise.")
+        return self.physics.A_dagger(y).clamp(0, 1)
+
+
+class _LinearPhysics(LinearOperator):
+    def __init__(self, physics: Any):
+        self.physics = physics
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.physics.A(image)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.physics.A_adjoint(y)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return self.physics.A_dagger(y) if hasattr(self.physics, "A_dagger") else super().pinv(y)

@@ -1,0 +1,99 @@
+"""A measurement: an operator, what was observed through it, and the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import count_values, squares, start_of
+
+
+class Measurement:
+    """``y = A(x0) + n``, ``n ~ N(0, sigma_y^2 I)``: an operator, what was observed, and the noise.
+
+    Args:
+        operator: image (B, 3, H, W) in [0, 1] -> y, differentiable.
+        y: what was observed, floating or complex; its first axis is the batch.
+        sigma_y: the noise's standard deviation in units of y, > 0; a number or (B,). Of a complex n it is the root of
+            ``E|n|^2``. For a noiseless measurement through a VAE pass the VAE's own error: no sample can agree better
+            than the decoder can draw.
+
+    Raises:
+        ValueError: sigma_y is not positive and finite, or is neither a number nor (B,); y is of a whole-number type.
+    """
+
+    def __init__(self, operator: Callable[[Tensor], Tensor], y: Tensor, sigma_y: float | Tensor):
+        if not (y.is_floating_point() or y.is_complex()):
+            raise ValueError(f"y is of type {y.dtype}; expected floating or complex. Divide 8-bit values by 255.")
+        sigma = torch.as_tensor(sigma_y, dtype=y.real.dtype, device=y.device)
+        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) not in (1, len(y))):
+            raise ValueError(
+                f"sigma_y has shape {tuple(sigma.shape)}; expected a number or ({len(y)},), one value for each y."
+            )
+        if not (torch.isfinite(sigma) & (sigma > 0)).all():
+            raise ValueError(
+                f"sigma_y is {sigma_y}; expected > 0, in units of y. "
+                "For a noiseless y pass the model's own error, for example 0.02."
+            )
+        self.operator, self.y = operator, y
+        self.sigma_y = sigma.expand(len(y))
+
+    def check(self, size: tuple[int, int]) -> None:
+        """See that the operator takes images of a size and gives y's shape, by one call on grey; no network runs.
+
+        Args:
+            size: (height, width) in pixels, of the images that the model makes.
+
+        Raises:
+            ValueError: the operator refuses such an image, gives another shape than y's, or cannot be differentiated.
+        """
+        image = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
+        try:
+            with torch.enable_grad():
+                residual = self.residual(image.requires_grad_())
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"the operator and y do not fit images {tuple(image.shape)}, of the model's size; "
+                f"y has shape {tuple(self.y.shape)}: {error}"
+            ) from error
+        if not residual.requires_grad:
+            raise ValueError(
+                "the operator's result has no gradient in its image; expected a function that torch differentiates. "
+                "Write it with torch, or pass Custom(forward, vjp)."
+            )
+
+    def residual(self, image: Tensor) -> Tensor:
+        """``y - A(image)``, the shape of y.
+
+        Raises:
+            ValueError: ``A(image)`` has another shape than y.
+        """
+        seen = self.operator(image)
+        if seen.shape != self.y.shape:
+            raise ValueError(
+                f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
+                f"{tuple(self.y.shape)}; expected the same. Make y with this operator from images of this size."
+            )
+        return self.y - seen
+
+    def nll(self, image: Tensor) -> Tensor:
+        """(B,): ``|y - A(image)|^2 / (2 sigma_y^2)``, the negative log-likelihood up to a constant."""
+        return squares(self.residual(image)) / (2 * self.sigma_y**2)
+
+    def start(self) -> Tensor:
+        """(B, 3, H, W) in [0, 1]: the operator's image to begin from, see `LinearOperator.start`.
+
+        Raises:
+            TypeError: the operator has none.
+        """
+        return start_of(self.operator, self.y)
+
+    def count(self) -> Tensor:
+        """(B,): how many values were measured, so that ``E|n|^2 = count * sigma_y^2``."""
+        return self.operator.count(self.y) if hasattr(self.operator, "count") else count_values(self.y)
+
+    def rms(self, residual: Tensor) -> Tensor:
+        """(B,): root mean square of a residual over the values that were measured, in units of y."""
+        return (squares(residual) / self.count().clamp(min=1)).sqrt()
