@@ -14,28 +14,38 @@ if TYPE_CHECKING:
     from vml_ldm.objective import vml_bracket, vml_gradient
     from vml_ldm.operators import Mask, Measurement
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
-    from vml_ldm.solve import Solution, vml_map
+    from vml_ldm.pixels import CallablePrior, karras_scales
+    from vml_ldm.red import red_diff
+    from vml_ldm.solve import Levels, Solution, vml_map
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallablePrior",
+    "Levels",
     "Mask",
     "Measurement",
     "Solution",
     "VMLInpaintPipeline",
     "__version__",
     "bundled_model",
+    "karras_scales",
+    "red_diff",
     "vml_bracket",
     "vml_gradient",
     "vml_map",
 ]
 
 _HOMES = {
+    "CallablePrior": "vml_ldm.pixels",
+    "Levels": "vml_ldm.solve",
     "Mask": "vml_ldm.operators",
     "Measurement": "vml_ldm.operators",
     "Solution": "vml_ldm.solve",
     "VMLInpaintPipeline": "vml_ldm.pipelines.vml_inpaint",
     "bundled_model": "vml_ldm.assets",
+    "karras_scales": "vml_ldm.pixels",
+    "red_diff": "vml_ldm.red",
     "vml_bracket": "vml_ldm.objective",
     "vml_gradient": "vml_ldm.objective",
     "vml_map": "vml_ldm.solve",

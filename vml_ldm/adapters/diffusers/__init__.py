@@ -3,5 +3,14 @@
 from .precision import NonFiniteError
 from .prior import StableDiffusionPrior
 from .schedule import SCHEDULERS, check_scheduler, scheduler_levels
+from .unconditional import LDMPrior, PixelPrior
 
-__all__ = ["SCHEDULERS", "NonFiniteError", "StableDiffusionPrior", "check_scheduler", "scheduler_levels"]
+__all__ = [
+    "SCHEDULERS",
+    "LDMPrior",
+    "NonFiniteError",
+    "PixelPrior",
+    "StableDiffusionPrior",
+    "check_scheduler",
+    "scheduler_levels",
+]
