@@ -202,3 +202,43 @@ def test_half_precision_that_overflows_is_repeated_in_float32_and_put_back():
         with pytest.raises(NonFiniteError, match="the VAE decoder gave NaN or infinity in float32"):
             model.decode(z)
     assert model.vae.dtype == torch.bfloat16 and model.retries == {"the VAE decoder": 1}
+
+
+class _Steep(torch.nn.Module):
+    """A half-precision decoder ``function(z)`` that is finite forwards and overflows in its backward pass."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.config = function, tiny.vae().config
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+
+    @property
+    def dtype(self):
+        return self.weight.dtype
+
+    def decode(self, z, return_dict=False):
+        assert z.dtype == self.dtype
+        return (self.function(z),)
+
+
+def test_a_backward_pass_that_overflows_is_repeated_in_float32_and_put_back():
+    """The cotangent is multiplied by 1e6 (past half precision's 65504), then by 1e-5."""
+    model, cotangent = prior(), noise(2, 4, 8, 8, seed=4)
+    model.vae = _Steep(lambda z: (z * 1e-5) * 1e6)
+    with model, pytest.warns(UserWarning, match=r"the backward pass of the VAE decoder gave .* torch.float16"):
+        image, pull = model.decode_pullback(noise(2, 4, 8, 8))
+        assert torch.isfinite(image).all() and model.vae.dtype == torch.float16
+        assert torch.allclose(pull(cotangent), cotangent * 10 / 0.18215 / 2, rtol=1e-5)
+        assert model.vae.dtype == torch.float32
+    assert model.vae.dtype == torch.float16 and model.retries == {"the backward pass of the VAE decoder": 1}
+
+
+def test_a_backward_pass_that_overflows_in_float32_too_is_an_error():
+    """The root has no finite slope at 0."""
+    model = prior()
+    model.vae = _Steep(torch.sqrt)
+    with model, pytest.warns(UserWarning, match="goes on in float32"):
+        _, pull = model.decode_pullback(torch.zeros(1, 4, 8, 8))
+        with pytest.raises(NonFiniteError, match="the backward pass of the VAE decoder gave NaN or infinity in float"):
+            pull(torch.ones(1, 4, 8, 8))
+    assert model.vae.dtype == torch.float16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 
 
 def unet(in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
@@ -32,6 +32,36 @@ def vae(seed: int = 0) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=64,
         scaling_factor=0.18215,
+    ).eval()
+
+
+def unet2d(channels: int = 3, seed: int = 0, **options) -> UNet2DModel:
+    """Of pixels or latents, unconditional."""
+    torch.manual_seed(seed)
+    options = {"in_channels": channels, "out_channels": channels, **options}
+    return UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **options,
+    ).eval()
+
+
+def vqvae(seed: int = 0) -> VQModel:
+    torch.manual_seed(seed)
+    return VQModel(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.5,
     ).eval()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vml_ldm.assets import bundled_model
-    from vml_ldm.objective import vml_bracket, vml_gradient
+    from vml_ldm.objective import vml_bracket, vml_gradient, vml_loss, vml_trace_gradient
     from vml_ldm.operators import (
         HDR,
         JPEG,
@@ -33,67 +33,33 @@ if TYPE_CHECKING:
         Subsample,
         from_physics,
     )
+    from vml_ldm.optimize import InnerStep
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
-    from vml_ldm.solve import Solution, vml_map
+    from vml_ldm.pixels import CallablePrior, karras_scales
+    from vml_ldm.red import red_diff
+    from vml_ldm.solve import Levels, Solution, vml_map
+    from vml_ldm.spread import over_seeds
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "HDR",
-    "JPEG",
-    "Blur",
-    "Compose",
-    "CompressedSensing",
-    "Crop",
-    "Custom",
-    "Downsample",
-    "FourierLines",
-    "Gamma",
-    "GaussianBlur",
-    "Grayscale",
-    "Mask",
-    "Measurement",
-    "MotionBlur",
-    "NonlinearBlur",
-    "PhaseRetrieval",
-    "Solution",
-    "Subsample",
-    "VMLInpaintPipeline",
-    "__version__",
-    "bundled_model",
-    "from_physics",
-    "vml_bracket",
-    "vml_gradient",
-    "vml_map",
-]
-
-_HOMES = {
-    "Blur": "vml_ldm.operators",
-    "Compose": "vml_ldm.operators",
-    "CompressedSensing": "vml_ldm.operators",
-    "Crop": "vml_ldm.operators",
-    "Custom": "vml_ldm.operators",
-    "Downsample": "vml_ldm.operators",
-    "FourierLines": "vml_ldm.operators",
-    "Gamma": "vml_ldm.operators",
-    "GaussianBlur": "vml_ldm.operators",
-    "Grayscale": "vml_ldm.operators",
-    "HDR": "vml_ldm.operators",
-    "JPEG": "vml_ldm.operators",
-    "Mask": "vml_ldm.operators",
-    "Measurement": "vml_ldm.operators",
-    "MotionBlur": "vml_ldm.operators",
-    "NonlinearBlur": "vml_ldm.operators",
-    "PhaseRetrieval": "vml_ldm.operators",
-    "Solution": "vml_ldm.solve",
-    "Subsample": "vml_ldm.operators",
-    "VMLInpaintPipeline": "vml_ldm.pipelines.vml_inpaint",
-    "bundled_model": "vml_ldm.assets",
-    "from_physics": "vml_ldm.operators",
-    "vml_bracket": "vml_ldm.objective",
-    "vml_gradient": "vml_ldm.objective",
-    "vml_map": "vml_ldm.solve",
+_NAMES = {
+    "assets": ["bundled_model"],
+    "objective": ["vml_bracket", "vml_gradient", "vml_loss", "vml_trace_gradient"],
+    "operators": [
+        *("Blur", "Compose", "CompressedSensing", "Crop", "Custom", "Downsample", "FourierLines", "Gamma"),
+        *("GaussianBlur", "Grayscale", "HDR", "JPEG", "Mask", "Measurement", "MotionBlur", "NonlinearBlur"),
+        *("PhaseRetrieval", "Subsample", "from_physics"),
+    ],
+    "optimize": ["InnerStep"],
+    "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
+    "pixels": ["CallablePrior", "karras_scales"],
+    "red": ["red_diff"],
+    "solve": ["Levels", "Solution", "vml_map"],
+    "spread": ["over_seeds"],
 }
+_HOMES = {name: f"vml_ldm.{module}" for module, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:

@@ -30,6 +30,11 @@ def check_scheduler(scheduler) -> None:
             f"the scheduler is {name}; expected one of {', '.join(SCHEDULERS)}. For example: "
             "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config). Or pass solver='none'."
         )
+    check_prediction(scheduler)
+
+
+def check_prediction(scheduler) -> None:
+    """Raise ValueError for a prediction type from which no clean estimate is made here."""
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"the scheduler predicts {prediction!r}; expected 'epsilon', 'v_prediction' or 'sample'.")
