@@ -11,34 +11,44 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vml_ldm.assets import bundled_model
-    from vml_ldm.objective import vml_bracket, vml_gradient
+    from vml_ldm.objective import vml_bracket, vml_gradient, vml_loss, vml_trace_gradient
     from vml_ldm.operators import Mask, Measurement
+    from vml_ldm.optimize import InnerStep
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
     from vml_ldm.solve import Solution, vml_map
+    from vml_ldm.spread import over_seeds
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "InnerStep",
     "Mask",
     "Measurement",
     "Solution",
     "VMLInpaintPipeline",
     "__version__",
     "bundled_model",
+    "over_seeds",
     "vml_bracket",
     "vml_gradient",
+    "vml_loss",
     "vml_map",
+    "vml_trace_gradient",
 ]
 
 _HOMES = {
+    "InnerStep": "vml_ldm.optimize",
     "Mask": "vml_ldm.operators",
     "Measurement": "vml_ldm.operators",
     "Solution": "vml_ldm.solve",
     "VMLInpaintPipeline": "vml_ldm.pipelines.vml_inpaint",
     "bundled_model": "vml_ldm.assets",
+    "over_seeds": "vml_ldm.spread",
     "vml_bracket": "vml_ldm.objective",
     "vml_gradient": "vml_ldm.objective",
+    "vml_loss": "vml_ldm.objective",
     "vml_map": "vml_ldm.solve",
+    "vml_trace_gradient": "vml_ldm.objective",
 }
 
 
