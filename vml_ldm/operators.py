@@ -74,7 +74,7 @@ class Measurement:
     """
 
     def __init__(self, operator: Operator, y: Tensor, sigma_y: float | Tensor):
-        sigma = torch.as_tensor(sigma_y, dtype=y.dtype, device=y.device)
+        sigma = torch.as_tensor(sigma_y, dtype=y.real.dtype, device=y.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) not in (1, len(y))):
             raise ValueError(
                 f"sigma_y has shape {tuple(sigma.shape)}; expected a number or ({len(y)},), one value for each y."
