@@ -234,9 +234,7 @@ def levels_above(noise: float, schedule: Schedule) -> int:
     count = sum(sigma >= noise * alpha for alpha, sigma in scales)
     if count == 0:
         (alpha, sigma), *_ = scales
-        raise ValueError(
-            f"stop_prior_at is {noise}; expected at most the first level's sigma / alpha, {sigma / alpha}."
-        )
+        raise ValueError(f"stop_prior_at is {noise}; expected at most {sigma / alpha:.4g}, the first level's noise.")
     return count
 
 
