@@ -191,7 +191,8 @@ def vml_loss(
 
     ``-log p_t(x_t) - |x_t - alpha z0_hat|^2 / (2 sigma^2) - (d / 2) log(2 pi sigma^2) + nll(Dec(z0_hat)) + traces``,
     the paper's Proposition 2 with the constants in sigma kept, so that levels compare: for a linear operator it is
-    ``KL(p(z0 | x_t) || p(z0 | y)) - log p(y) - (m / 2) log(2 pi sigma_y^2)`` at every level, m the size of y.
+    ``KL(p(z0 | x_t) || p(z0 | y)) - log p(y) - (m / 2) log(2 pi sigma_y^2)`` at every level, m the size of y. For any
+    other operator it is an approximation, as far as the data term's trace is one.
 
     Args:
         x_t, alpha, sigma, generator: as for `vml_trace_gradient`.
