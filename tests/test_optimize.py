@@ -7,7 +7,7 @@ import torch
 from gaussian import GaussianPrior, Linear, random_problem
 from test_objective import SCALES
 
-from vml_ldm.objective import vml_bracket, vml_gradient
+from vml_ldm.objective import linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
 from vml_ldm.optimize import InnerStep, descend, precondition
 
@@ -57,6 +57,18 @@ def bent_decoder():
     prior, *_ = random_problem()
     prior.decode = lambda z: torch.tanh(z) + 0.1 * z.flip(-1) ** 2
     return prior
+
+
+def test_linearise_gives_the_jacobian_and_its_transpose_of_complex_values_too():
+    """``push(v) = J v`` against a finite difference, ``pull(c) = Re J^H c`` against the inner product, twice each."""
+    function = lambda x: torch.fft.rfft(torch.sin(x))  # noqa: E731
+    x = draw(2, 1, 1, 6)
+    value, push, pull = linearise(function, x)
+    assert torch.equal(value, function(x))
+    for seed in (1, 2):
+        v, c = draw(2, 1, 1, 6, seed=seed), torch.complex(draw(2, 1, 1, 4, seed=seed), draw(2, 1, 1, 4, seed=seed + 9))
+        assert torch.allclose(push(v), (function(x + 1e-6 * v) - function(x - 1e-6 * v)) / 2e-6, atol=1e-8)
+        assert torch.allclose((pull(c) * v).sum(), (c.conj() * push(v)).sum().real)
 
 
 @pytest.mark.parametrize("operator", [Linear, Bent, Solving])
