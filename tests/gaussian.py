@@ -20,6 +20,11 @@ class GaussianPrior:
         marginal = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.mean)).to(self.cov)
         return alpha * self.cov @ torch.linalg.inv(marginal)
 
+    def log_prob(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """(B,): log p_t(x_t)."""
+        marginal = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.mean)).to(self.cov)
+        return torch.distributions.MultivariateNormal(alpha * self.mean, marginal).log_prob(x_t.flatten(1))
+
     def posterior(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
         """Mean (B, 1, 1, d) and covariance (d, d) of p(z0 | x_t)."""
         return self.denoise(x_t, alpha, sigma), self.cov - alpha * self.jacobian(alpha, sigma) @ self.cov
@@ -47,6 +52,28 @@ class MixturePrior:
         """(B,): log p_t(x_t)."""
         return torch.logsumexp(self._joint(x_t, alpha, sigma), dim=-1)
 
+    def posterior(self, x_t: Tensor, alpha: float, sigma: float) -> MixturePrior:
+        """p(z0 | x_t) for one x_t: a mixture again."""
+        weights = torch.softmax(self._joint(x_t, alpha, sigma), dim=-1)[0]
+        gain = (alpha * self.stds**2 / self._variance(alpha, sigma))[:, None]
+        means = self.means + gain * (x_t.flatten() - alpha * self.means)
+        return MixturePrior(weights, means, self.stds * sigma / self._variance(alpha, sigma).sqrt())
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1, 1, d)."""
+        which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        e = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return (self.means[which] + self.stds[which, None] * e)[:, None, None]
+
+    def log_evidence(self, h: Tensor, y: Tensor, sigma_y: float) -> Tensor:
+        """log p(y) for one y = h z0 + n."""
+        noise = sigma_y**2 * torch.eye(len(h)).to(h)
+        each = [
+            torch.distributions.MultivariateNormal(h @ m, s**2 * h @ h.T + noise).log_prob(y.flatten())
+            for m, s in zip(self.means, self.stds, strict=True)
+        ]
+        return torch.logsumexp(self.weights.log() + torch.stack(each), dim=0)
+
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         x = x_t.reshape(-1, self.means.shape[1])
         responsibility = torch.softmax(self._joint(x_t, alpha, sigma), dim=-1)
@@ -68,6 +95,15 @@ class MixturePrior:
         variance, d = self._variance(alpha, sigma), self.means.shape[1]
         distance = (x - alpha * self.means).square().sum(-1)
         return self.weights.log() - distance / (2 * variance) - 0.5 * d * torch.log(2 * torch.pi * variance)
+
+
+def mixture_problem():
+    """A mixture prior of two Gaussians in 3 dimensions, a linear operator and a measurement: (prior, h, y), float64."""
+    double = {"dtype": torch.float64}
+    means, stds = torch.tensor([[1.0, -1, 0], [-1, 0.5, 1]], **double), torch.tensor([0.6, 0.4], **double)
+    h = torch.tensor([[1.0, 0.5, -0.3], [0.0, 1.0, 0.2]], **double)
+    prior = MixturePrior(torch.tensor([0.3, 0.7], **double), means, stds)
+    return prior, h, torch.tensor([[[[0.4, -0.2]]]], **double)
 
 
 class Linear:

@@ -38,6 +38,7 @@ RULES = {
     "vml_ldm.pixels": Rule(0, frozenset({"torch"})),
     "vml_ldm.images": Rule(0, frozenset({"torch", "numpy", "PIL"})),
     "vml_ldm.report": Rule(0, frozenset({"torch"}), in_functions=frozenset({"matplotlib"})),
+    "vml_ldm.spread": Rule(0, frozenset({"torch"})),
     "vml_ldm.solve": Rule(3, frozenset({"torch"})),
     "vml_ldm.red": Rule(4, frozenset({"torch"})),
     "vml_ldm.adapters": Rule(4, frozenset()),

@@ -552,8 +552,8 @@ def test_a_complex_measurement_is_like_its_two_real_parts():
     data = data_term(x, prior=prior, measurement=complex_)
     assert torch.allclose(complex_.nll(x), real.nll(x)) and torch.allclose(data.nll, real.nll(x))
     assert torch.allclose(data.gradient, torch.autograd.grad(real.nll(x).sum(), x)[0])
-    assert complex_.count().tolist() == [192, 192] and real.count().tolist() == [384, 384]
-    assert torch.allclose(complex_.rms(data.residual).square(), 2 * real.rms(real.residual(x)).square())
+    assert complex_.count().tolist() == real.count().tolist() == [384, 384]
+    assert torch.allclose(complex_.rms(data.residual), real.rms(real.residual(x)))
 
 
 @pytest.mark.parametrize("sigma_y", [0, -1, float("nan"), torch.ones(3), torch.ones(2, 2)])

@@ -5,7 +5,8 @@ import torch
 from gaussian import Linear, random_problem
 
 from vml_ldm.operators import Measurement
-from vml_ldm.solve import Levels, noise_like, vml_levels, vml_map
+from vml_ldm.optimize import InnerStep
+from vml_ldm.solve import Levels, noise_like, start_from, vml_levels, vml_map
 
 SCALES = [(1.0, 2.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.1)]
 
@@ -95,3 +96,40 @@ def test_bad_choices_are_refused_before_any_work(options):
 def test_generators_must_match_the_batch():
     with pytest.raises(ValueError, match="2 generators came for 3 images"):
         noise_like(torch.zeros(3, 1, 1, 1), [torch.Generator(), torch.Generator()])
+
+
+def test_a_preconditioned_step_s_calls_are_counted():
+    """In place of the decoder pass for the step's length: one for its Jacobian, and two products a CG step."""
+    _, _, y = random_problem()
+    step = InnerStep(precondition="gauss-newton", cg_steps=2)
+    calls = solve(start(), y, inner_steps=3, stop_at=0, step=step).calls
+    assert calls["denoise"] == 4 * (3 + 1) and calls["denoise_vjp"] == 12
+    assert calls["decode"] == 2 * 12 + 1 and calls["decode_vjp"] == 12 * (1 + 2) and calls["decode_jvp"] == 12 * 2
+
+
+@pytest.mark.parametrize("rule", [0.005, lambda params: torch.optim.Adam(params, lr=0.05)])
+def test_other_step_rules_come_as_near_to_y(rule):
+    _, _, y = random_problem()
+    solution = solve(start(), y, inner_steps=100, step=InnerStep(rule=rule))
+    assert solution.residual.item() < 0.11
+
+
+def test_the_prior_stops_at_a_noise_level():
+    """The answer is the clean estimate of the last level above it, without what the levels below would change."""
+    _, _, y = random_problem()
+    whole, stopped, short = (
+        solve(start(), y, schedule=Levels(scales), inner_steps=2, stop_prior_at=at)
+        for scales, at in [(SCALES, 0.0), (SCALES, 0.5), (SCALES[:3], 0.0)]
+    )
+    assert torch.equal(stopped.latent, short.latent) and stopped.calls == short.calls
+    assert not torch.equal(stopped.latent, whole.latent)
+    with pytest.raises(ValueError, match=r"stop_prior_at is 3.0; expected at most 2, the first level's noise"):
+        solve(start(), y, stop_prior_at=3.0)
+
+
+def test_a_start_from_an_image_has_its_latent_and_the_first_level_s_noise():
+    prior, _, _ = random_problem()
+    image = torch.full((1, 1, 1, 200_000), 3.0, dtype=torch.float64)
+    schedule = Levels([(0.6, 0.8), (0.8, 0.6)])
+    x_T = start_from(image, prior=prior, schedule=schedule, generator=torch.Generator().manual_seed(0))
+    assert abs(x_T.mean().item() - 0.6 * 3) < 0.01 and abs(x_T.std().item() - 0.8) < 0.01

@@ -42,6 +42,43 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "HDR",
+    "JPEG",
+    "Blur",
+    "CallablePrior",
+    "Compose",
+    "CompressedSensing",
+    "Crop",
+    "Custom",
+    "Downsample",
+    "FourierLines",
+    "Gamma",
+    "GaussianBlur",
+    "Grayscale",
+    "InnerStep",
+    "Levels",
+    "Mask",
+    "Measurement",
+    "MotionBlur",
+    "NonlinearBlur",
+    "PhaseRetrieval",
+    "Solution",
+    "Subsample",
+    "VMLInpaintPipeline",
+    "__version__",
+    "bundled_model",
+    "from_physics",
+    "karras_scales",
+    "over_seeds",
+    "red_diff",
+    "vml_bracket",
+    "vml_gradient",
+    "vml_loss",
+    "vml_map",
+    "vml_trace_gradient",
+]
+
 _NAMES = {
     "assets": ["bundled_model"],
     "objective": ["vml_bracket", "vml_gradient", "vml_loss", "vml_trace_gradient"],
@@ -58,8 +95,6 @@ _NAMES = {
     "spread": ["over_seeds"],
 }
 _HOMES = {name: f"vml_ldm.{module}" for module, names in _NAMES.items() for name in names}
-
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:

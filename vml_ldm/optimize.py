@@ -1,4 +1,4 @@
-"""How x_t moves inside one noise level: the descent direction, its length, and when to stop.
+"""How x_t moves inside one noise level: the descent direction, its preconditioner, its length, and when to stop.
 
 Directions and lengths are in variance-exploding (VE) units, ``x_t / alpha``, where they compare with z0_hat:
 ``x_t += alpha * eta * d``. Everything is per image: a batch moves as its images would move alone.
@@ -6,16 +6,75 @@ Directions and lengths are in variance-exploding (VE) units, ``x_t / alpha``, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .objective import DataTerm, Prior, PullBack, bracket, data_term, denoise_pullback
-from .operators import Measurement, squares
+from .objective import (
+    DataTerm,
+    Prior,
+    PullBack,
+    bracket,
+    data_term,
+    decode_linear,
+    denoise_pullback,
+    linearise,
+)
+from .operators import Measurement, column, conjugate_gradients, squares
 
 JACOBIANS = ("exact", "free")
+PRECONDITIONERS = ("none", "gauss-newton")
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """How an inner step moves ``x = x_t / alpha``, given v, minus the gradient (or minus the bracket) in VE units.
+
+    Args:
+        rule: "analytic": conjugate directions, each as long as the minimiser of the loss's quadratic model (see
+            `step_length`); with a preconditioner, v itself, whose length 1 is right (see `precondition`).
+            A number eta > 0: always ``x += eta v``. Where 0 <= J <= I, safe up to
+            1 / (|H|^2 / sigma_y^2 + alpha^2 / (4 sigma^2)) for the gradient and
+            1 / max(|H|^2 / sigma_y^2, alpha^2 / sigma^2) for the bracket (derived).
+            A function ``params -> torch.optim.Optimizer``: that optimiser moves x by the gradient -v and begins anew
+            at each level. Its step must take no closure (so no LBFGS) and treat entries apart if batches are to.
+        precondition: "gauss-newton" replaces b by N^-1 b inside the VJP, see `precondition`: for operators that see
+            some directions much worse than others. "none" leaves it.
+        cg_steps: how many conjugate-gradient steps N^-1 may take, >= 1, each with one product by the decoder's
+            Jacobian and one by its transpose. A pixel model with an operator that has a closed form takes none.
+
+    Raises:
+        ValueError: a choice outside these.
+    """
+
+    rule: str | float | OptimizerFactory = "analytic"
+    precondition: str = "none"
+    cg_steps: int = 5
+
+    def __post_init__(self):
+        number = isinstance(self.rule, (int, float)) and 0 < self.rule < float("inf")
+        if not (number or self.rule == "analytic" or callable(self.rule)):
+            raise ValueError(
+                f"rule is {self.rule!r}; expected 'analytic', a step length > 0, or a function params -> Optimizer."
+            )
+        if self.precondition not in PRECONDITIONERS:
+            raise ValueError(f"precondition is {self.precondition!r}; expected one of {PRECONDITIONERS}.")
+        if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
+            raise ValueError(f"cg_steps is {self.cg_steps!r}; expected a whole number >= 1.")
+
+    def begin(self) -> Rule:
+        """The rule with the state that it keeps through one level."""
+        if callable(self.rule):
+            return _Optimised(self.rule)
+        if self.rule != "analytic":
+            return _Fixed(self.rule)
+        return _Conjugate() if self.precondition == "none" else _Fixed(1.0)
 
 
 class Descent(NamedTuple):
@@ -46,6 +105,7 @@ def descend(
     steps: int,
     jacobian: str = "exact",
     stop_at: float = 1.0,
+    step: InnerStep = InnerStep(),
 ) -> Descent:
     """Up to `steps` steps down VML_S at one level; an image rests once its residual is at the noise.
 
@@ -55,10 +115,12 @@ def descend(
         steps: how many, >= 0.
         jacobian: "exact" pulls the bracket back through the denoiser (the gradient); "free" follows it as it is.
         stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``; 0 never rests.
+        step: how each step is made.
     """
+    at = {"prior": prior, "measurement": measurement, "noise": sigma / alpha if alpha > 0 else torch.inf}
     residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
     taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    v_last = d_last = None
+    rule = step.begin()
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
@@ -67,15 +129,104 @@ def descend(
         if not moving.any():
             return Descent(x_t, z0_hat, residual, nll, taken)
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
+        if step.precondition == "gauss-newton":
+            b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
         v = -alpha * pull(b)
-        d = v if d_last is None else conjugate(v, v_last, d_last)
-        eta = step_length(
-            d, v, z0_hat, data, prior=prior, measurement=measurement, noise=sigma / alpha, jacobian=jacobian
-        )
-        x_t = x_t + alpha * _column(eta * moving, d) * d
+        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
+        x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
-        v_last, d_last = v, d
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken)
+
+
+class _Conjugate:
+    """Conjugate directions of analytic length."""
+
+    def __init__(self):
+        self.v_last = self.d_last = None
+
+    def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
+        self.v_last, self.d_last = v, d
+        return d, length(d, v)
+
+
+class _Fixed:
+    """The direction v and one length."""
+
+    def __init__(self, eta: float):
+        self.eta = eta
+
+    def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return v, v.new_full((len(v),), self.eta)
+
+
+class _Optimised:
+    """The change of x that a torch optimiser makes with the gradient -v."""
+
+    def __init__(self, factory: OptimizerFactory):
+        self.factory, self.x, self.optimizer = factory, None, None
+
+    def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        if self.optimizer is None:
+            self.x = torch.empty_like(x)
+            self.optimizer = self.factory([self.x])
+        self.x.copy_(x)  # where it is, which is not where the last step went for an image that rests
+        self.x.grad = -v
+        self.optimizer.step()
+        return self.x - x, v.new_ones(len(v))
+
+
+Rule = _Conjugate | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
+
+
+def precondition(
+    b: Tensor, z0_hat: Tensor, *, prior: Prior, measurement: Measurement, noise: float, cg_steps: int
+) -> Tensor:
+    """``N^-1 b`` with ``N = H^T H / sigma_y^2 + I / noise^2``, the Gauss-Newton matrix of b in z0_hat; b's shape.
+
+    Pulled back through the denoiser it is the step, ``x -= J^T N^-1 b`` in VE units, that is
+
+        x += J^T (H^T H + rho I)^-1 [H^T (y - H z0_hat) + rho (z0_hat - x)],    rho = sigma_y^2 / noise^2
+
+    for a linear operator; for any other, and through a decoder, H is the derivative of ``A o Dec`` at z0_hat. (Derived.
+    The paper preconditions with a singular value decomposition, in a form not known to us.) N is positive definite, so
+    the points at rest stay those where b = 0. Length 1 is right: it minimises the quadratic model along N^-1 b, and for
+    a Gaussian prior (J in VE units) the error of x is multiplied by I - J M, or by I - M without J, in which
+    ``M = (I + (I - 2P)(2J - I)) / 2``, ``P = N^-1 / noise^2``: half of identity plus contraction, so that no eigenvalue
+    of the product leaves the unit disc.
+
+    Args:
+        b: (B, c, h, w), the bracket.
+        noise: ``sigma / alpha``, the level's noise in VE units.
+        cg_steps: conjugate-gradient steps; unused where prior and operator have the closed form.
+    """
+    operator, variance = measurement.operator, measurement.sigma_y**2
+    rho, scale = variance / noise**2, getattr(prior, "pixel_scale", None)
+    if scale is not None and hasattr(operator, "solve"):  # H = scale A
+        return column(variance / scale**2, b) * operator.solve(b, rho / scale**2)
+    normal = _normal_matrix(z0_hat, prior, measurement)
+    solved = conjugate_gradients(lambda p: normal(p) + column(rho, p) * p, b, iterations=cg_steps, tolerance=0.0)
+    return column(variance, b) * solved
+
+
+def _normal_matrix(z: Tensor, prior: Prior, measurement: Measurement) -> Callable[[Tensor], Tensor]:
+    """``p -> H^T H p``, H the derivative of ``A o Dec`` at z. A linear operator is its own derivative.
+
+    The decoder sees p at unit rms, so that in half precision it neither under- nor overflows.
+    """
+    operator = measurement.operator
+    image, push, pull = decode_linear(prior, z)
+    if getattr(operator, "linear", False) and hasattr(operator, "adjoint"):
+        seen_normal = lambda v: operator.adjoint(operator(v))  # noqa: E731
+    else:
+        _, push_seen, pull_seen = linearise(operator, image)
+        seen_normal = lambda v: pull_seen(push_seen(v))  # noqa: E731
+
+    def normal(p: Tensor) -> Tensor:
+        size = column((squares(p) / p[0].numel()).sqrt().clamp(min=torch.finfo(p.dtype).tiny), p)
+        return size * pull(seen_normal(push(p / size)))
+
+    return normal
 
 
 def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
@@ -85,8 +236,8 @@ def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
     level the loss is smooth, and conjugate directions cost no further network call.
     """
     beta = _dot(v, v - v_last) / squares(v_last).clamp(min=torch.finfo(v.dtype).tiny)
-    d = v + _column(beta.clamp(min=0), v) * d_last
-    return torch.where(_column(_dot(v, d) > 0, v), d, v)
+    d = v + column(beta.clamp(min=0), v) * d_last
+    return torch.where(column(_dot(v, d) > 0, v), d, v)
 
 
 def step_length(
@@ -114,7 +265,7 @@ def step_length(
     tiny = torch.finfo(d.dtype).tiny
     length = squares(d)
     h = _PROBE * (d[0].numel() / length.clamp(min=tiny)).sqrt()
-    ahead = measurement.residual(prior.decode(z0_hat + _column(h, d) * d))
+    ahead = measurement.residual(prior.decode(z0_hat + column(h, d) * d))
     data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
     return _dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
@@ -130,8 +281,3 @@ def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: s
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(B, ...), (B, ...) -> (B,): inner products, image by image."""
     return (a * b).flatten(1).sum(1)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to multiply images."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -19,6 +19,11 @@ class PixelSpace:
 
     low, high = -1.0, 1.0
 
+    @property
+    def pixel_scale(self) -> float:
+        """s of ``decode(z) = s z + constant``, see `vml_ldm.objective.Prior`."""
+        return 1 / (self.high - self.low)
+
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, c, H, W) in [0, 1] -> z0 (B, c, H, W) in [low, high]."""
         return self.low + (self.high - self.low) * image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import hypot
 
-NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "encode")
+NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "decode_jvp", "encode")
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Report:
         jacobian, preset: which form, which preset.
         trace: a dict for each level: alpha, sigma, residual, nll, steps.
         retries: network passes repeated in float32 after non-finite values, by network.
-        calls: network calls by kind; "..._vjp" are backward passes.
+        calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian.
         seconds: time by kind, and "total".
     """
 
@@ -78,4 +78,4 @@ def _row(values: list[float], form: str = ".4f") -> str:
 
 
 def _sum(seconds: dict[str, float], name: str) -> float:
-    return seconds.get(name, 0.0) + seconds.get(f"{name}_vjp", 0.0)
+    return sum(seconds.get(kind, 0.0) for kind in (name, f"{name}_vjp", f"{name}_jvp"))

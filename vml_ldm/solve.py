@@ -12,6 +12,7 @@ Notation (the papers' letters; shapes are (B, c, h, w) unless said)
     sigma_y     standard deviation of n, in units of y, (B,)
     b           the bracket of the objective, d nll / d z0_hat + alpha (x_t - alpha z0_hat) / sigma^2
     v, eta      descent direction and step length, in units of x_t / alpha
+    H, N        derivative of A o Dec at z0_hat; the preconditioner H^T H / sigma_y^2 + alpha^2 / sigma^2 I
     K           inner steps at a level
 """
 
@@ -27,9 +28,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .objective import Prior, decode_pullback, denoise_pullback
+from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
 from .operators import Measurement
-from .optimize import JACOBIANS, descend
+from .optimize import JACOBIANS, InnerStep, descend
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -117,7 +118,8 @@ class Solution:
         latent: (B, c, h, w), the last clean estimate.
         residual: (B,), rms of y - A(image before the clamp), in units of y.
         trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch.
-        calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode".
+        calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode"; with a
+            preconditioner "decode_jvp".
         seconds: the time spent in each of them, and "total".
     """
 
@@ -139,6 +141,8 @@ def vml_map(
     jacobian: str = "exact",
     stop_at: float = 1.0,
     generator: Generators = None,
+    step: InnerStep = InnerStep(),  # noqa: B008 - frozen
+    stop_prior_at: float = 0.0,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -151,6 +155,9 @@ def vml_map(
         jacobian: "exact" or "free" (no backward pass through the denoiser).
         stop_at: an image rests within a level while rms(residual) <= stop_at * sigma_y.
         generator: one, or one for each image (then a batch is what its images are alone).
+        step: the rule of the inner steps and their preconditioner.
+        stop_prior_at: levels with ``sigma / alpha`` below it are left out, and the last clean estimate above them is
+            the answer: a prior can be unreliable at the lowest noise. 0 keeps every level.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -167,6 +174,8 @@ def vml_map(
         jacobian=jacobian,
         stop_at=stop_at,
         generator=generator,
+        step=step,
+        stop_prior_at=stop_prior_at,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -191,28 +200,42 @@ def vml_levels(
     jacobian: str = "exact",
     stop_at: float = 1.0,
     generator: Generators = None,
+    step: InnerStep = InnerStep(),  # noqa: B008 - frozen
+    stop_prior_at: float = 0.0,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     check_choices(inner_steps, jacobian)
-    return _levels(x_T, prior, measurement, schedule, inner_steps, jacobian, stop_at, generator)
+    count = levels_above(stop_prior_at, schedule)
+    return _levels(x_T, prior, measurement, schedule, count, inner_steps, jacobian, stop_at, generator, step)
 
 
-def _levels(x_t, prior, measurement, schedule, inner_steps, jacobian, stop_at, generator):
+def _levels(x_t, prior, measurement, schedule, count, inner_steps, jacobian, stop_at, generator, step):
     guide = getattr(prior, "guide", None)
-    for i in range(len(schedule)):
+    for i in range(count):
         alpha, sigma = schedule.scales(i)
         with torch.no_grad():
             inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
-                steps=inner_steps, jacobian=jacobian, stop_at=stop_at,
+                steps=inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
             )  # fmt: skip
             z0 = inner.z0_hat  # D(x_t)
-            if guide is not None and i + 1 < len(schedule):  # the last estimate is the answer: no guidance there
+            if guide is not None and i + 1 < count:  # the last estimate is the answer: no guidance there
                 z0 = guide(inner.x_t, z0, alpha, sigma)
-            x_next = schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
+            stopped = i + 1 == count < len(schedule)
+            x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps)
         yield level
         x_t = level.x_next
+
+
+def levels_above(noise: float, schedule: Schedule) -> int:
+    """How many levels have ``sigma / alpha >= noise``; raise ValueError if none has."""
+    scales = [schedule.scales(i) for i in range(len(schedule))]
+    count = sum(sigma >= noise * alpha for alpha, sigma in scales)
+    if count == 0:
+        (alpha, sigma), *_ = scales
+        raise ValueError(f"stop_prior_at is {noise}; expected at most {sigma / alpha:.4g}, the first level's noise.")
+    return count
 
 
 def check_choices(inner_steps: int, jacobian: str) -> None:
@@ -234,6 +257,16 @@ def record(level: Level) -> dict:
     }
 
 
+def start_from(image: Tensor, *, prior: Prior, schedule: Schedule, generator: Generators = None) -> Tensor:
+    """x_T from an image, for example a pseudo-inverse of y: its mean latent with the first level's noise.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+    """
+    (alpha, sigma), z = schedule.scales(0), prior.encode(image)
+    return alpha * z + sigma * noise_like(z, generator)
+
+
 def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     """N(0, I) of x's shape, dtype and device, drawn where the generator lives: one generator, or one an image."""
     if generator is None or isinstance(generator, torch.Generator):
@@ -251,6 +284,7 @@ class Metered:
         self.prior, self.calls, self.seconds = prior, Counter(), Counter()
         guide = getattr(prior, "guide", None)
         self.guide = guide and (lambda *state: self._timed("denoise", guide, *state))
+        self.pixel_scale = getattr(prior, "pixel_scale", None)
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
@@ -268,6 +302,11 @@ class Metered:
     def decode_pullback(self, z: Tensor):
         image, pull = self._timed("decode", decode_pullback, self.prior, z)
         return image, lambda cotangent: self._timed("decode_vjp", pull, cotangent)
+
+    def decode_linear(self, z: Tensor):
+        image, push, pull = self._timed("decode", decode_linear, self.prior, z)
+        timed = lambda name, product: lambda v: self._timed(name, product, v)  # noqa: E731
+        return image, timed("decode_jvp", push), timed("decode_vjp", pull)
 
     def _timed(self, name: str, function: Callable, *args):
         started = time.perf_counter()

@@ -25,7 +25,7 @@ begin from. y has the image's dtype, float32 or float64 (complex for FourierLine
 tensors that an operator holds follow the image.
 """
 
-from .base import Compose, LinearOperator, Operator, conjugate_gradients, squares
+from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, squares
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
 from .foreign import Custom, from_physics
 from .jpeg import JPEG
@@ -55,6 +55,7 @@ __all__ = [
     "Operator",
     "PhaseRetrieval",
     "Subsample",
+    "column",
     "conjugate_gradients",
     "from_physics",
     "motion_kernel",

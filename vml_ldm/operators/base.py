@@ -27,7 +27,7 @@ class Operator(ABC):
         """(B, C, H, W) -> y; the first axis stays the batch."""
 
     def count(self, y: Tensor) -> Tensor:
-        """(B,): how many values of y were measured; a complex value is one."""
+        """(B,): how many values of y were measured; a complex value is two."""
         return count_values(y)
 
     def __matmul__(self, first: Callable[[Tensor], Tensor]) -> Compose:
@@ -190,8 +190,8 @@ def squares(x: Tensor) -> Tensor:
 
 
 def count_values(y: Tensor) -> Tensor:
-    """(B,): how many values each item of y has, in y's real dtype."""
-    return torch.full((len(y),), math.prod(y.shape[1:]), dtype=y.real.dtype, device=y.device)
+    """(B,): how many real values each item of y has, in y's real dtype."""
+    return torch.full((len(y),), math.prod(y.shape[1:]) * (1 + y.is_complex()), dtype=y.real.dtype, device=y.device)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ class Measurement:
     Args:
         operator: image (B, 3, H, W) in [0, 1] -> y, differentiable.
         y: what was observed, floating or complex; its first axis is the batch.
-        sigma_y: the noise's standard deviation in units of y, > 0; a number or (B,). Of a complex n it is the root of
-            ``E|n|^2``. For a noiseless measurement through a VAE pass the VAE's own error: no sample can agree better
-            than the decoder can draw.
+        sigma_y: the noise's standard deviation in units of y, > 0; a number or (B,). Of a complex n it is that of the
+            real part and of the imaginary part, each. For a noiseless measurement through a VAE pass the VAE's own
+            error: no sample can agree better than the decoder can draw.
 
     Raises:
         ValueError: sigma_y is not positive and finite, or is neither a number nor (B,); y is of a whole-number type.

@@ -54,7 +54,7 @@ class Mask(LinearOperator):
 
     def count(self, y: Tensor) -> Tensor:
         """(B,): how many values were measured, ``C sum m^2``: E|m * e|^2 for an error e of unit variance."""
-        squares = self.mask.square().sum(dim=(1, 2, 3)) * y.shape[1]
+        squares = self.mask.square().sum(dim=(1, 2, 3)) * y.shape[1] * (1 + y.is_complex())
         return squares.expand(len(y)).to(y.real)
 
     def _mask(self, x: Tensor, name: str) -> Tensor:

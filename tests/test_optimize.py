@@ -1,0 +1,222 @@
+"""Inner steps: the preconditioner against dense matrices, its fixed points and speed, and the step rules (float64)."""
+
+from functools import partial
+
+import pytest
+import torch
+from gaussian import GaussianPrior, Linear, random_problem
+from test_objective import SCALES
+
+from vml_ldm.objective import linearise, vml_bracket, vml_gradient
+from vml_ldm.operators import Measurement
+from vml_ldm.optimize import InnerStep, descend, precondition
+
+DOUBLE = {"dtype": torch.float64}
+NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **DOUBLE)
+
+
+def affine(function, d):
+    """(matrix, offset) of an affine map of (1, 1, 1, d)."""
+    at = lambda x: function(x.reshape(1, 1, 1, d)).flatten()  # noqa: E731
+    offset = at(torch.zeros(d, **DOUBLE))
+    return torch.stack([at(unit) - offset for unit in torch.eye(d, **DOUBLE)], dim=1), offset
+
+
+class Bent:
+    """A nonlinear operator."""
+
+    def __init__(self, h):
+        self.h = h
+
+    def __call__(self, image):
+        return torch.sin(image @ self.h.T)
+
+
+class Solving(Linear):
+    """A linear operator with its own ``(A^T A + rho I)^-1``."""
+
+    solved = 0
+
+    def solve(self, b, rho):
+        self.solved += 1
+        matrix = self.h.T @ self.h + rho.reshape(-1, 1, 1, 1, 1) * torch.eye(self.h.shape[1]).to(b)
+        return torch.linalg.solve(matrix, b[..., None])[..., 0]
+
+
+def pixels(scale):
+    prior, *_ = random_problem()
+    prior.decode, prior.pixel_scale = (lambda z: scale * z + 0.5), scale
+    return prior
+
+
+def bent_decoder():
+    prior, *_ = random_problem()
+    prior.decode = lambda z: torch.tanh(z) + 0.1 * z.flip(-1) ** 2
+    return prior
+
+
+def test_linearise_gives_the_jacobian_and_its_transpose_of_complex_values_too():
+    """``push(v) = J v`` against a finite difference, ``pull(c) = Re J^H c`` against the inner product, twice each."""
+    function = lambda x: torch.fft.rfft(torch.sin(x))  # noqa: E731
+    x = draw(2, 1, 1, 6)
+    value, push, pull = linearise(function, x)
+    assert torch.equal(value, function(x))
+    for seed in (1, 2):
+        v, c = draw(2, 1, 1, 6, seed=seed), torch.complex(draw(2, 1, 1, 4, seed=seed), draw(2, 1, 1, 4, seed=seed + 9))
+        assert torch.allclose(push(v), (function(x + 1e-6 * v) - function(x - 1e-6 * v)) / 2e-6, atol=1e-8)
+        assert torch.allclose((pull(c) * v).sum(), (c.conj() * push(v)).sum().real)
+
+
+@pytest.mark.parametrize("operator", [Linear, Bent, Solving])
+@pytest.mark.parametrize("prior", [pixels(0.5), bent_decoder()], ids=["pixels", "bent decoder"])
+def test_the_preconditioner_is_the_dense_inverse(prior, operator):
+    """N^-1 b with N built entry by entry from the Jacobian of A o Dec; each image has its own sigma_y."""
+    _, h, y = random_problem()
+    z, b, sigma_y, noise = draw(2, 1, 1, 6), draw(2, 1, 1, 6, seed=1), torch.tensor([0.1, 0.4], **DOUBLE), 0.7
+    measurement = Measurement(operator(h), y.expand(2, -1, -1, -1), sigma_y)
+    u = precondition(b, z, prior=prior, measurement=measurement, noise=noise, cg_steps=6)
+    for i in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda x: operator(h)(prior.decode(x)).flatten(), z[i].flatten())
+        n = jacobian.T @ jacobian / sigma_y[i] ** 2 + torch.eye(6, **DOUBLE) / noise**2
+        assert torch.allclose(u[i].flatten(), torch.linalg.solve(n, b[i].flatten()), rtol=1e-7, atol=1e-10)
+    if operator is Solving:  # the closed form is for pixels alone
+        assert measurement.operator.solved == hasattr(prior, "pixel_scale")
+
+
+@pytest.mark.parametrize("cg_steps", [1, 3])
+def test_a_short_solve_is_as_long_as_it_should_be(cg_steps):
+    """<u, N u> = <u, b> > 0 after any number of conjugate-gradient steps, so that length 1 is the minimiser along u."""
+    prior, (_, h, y) = bent_decoder(), random_problem()
+    z, b = draw(1, 1, 1, 6), draw(1, 1, 1, 6, seed=1)
+    u = precondition(b, z, prior=prior, measurement=Measurement(Bent(h), y, 0.1), noise=0.7, cg_steps=cg_steps)
+    jacobian = torch.autograd.functional.jacobian(lambda x: Bent(h)(prior.decode(x)).flatten(), z.flatten())
+    n = jacobian.T @ jacobian / 0.1**2 + torch.eye(6, **DOUBLE) / 0.7**2
+    along = u.flatten() @ b.flatten()
+    assert along > 0 and torch.allclose(u.flatten() @ n @ u.flatten(), along)
+
+
+@pytest.mark.parametrize("cg_steps", [1, 6])
+@pytest.mark.parametrize("jacobian", ["exact", "free"])
+@pytest.mark.parametrize("alpha, sigma", SCALES)
+def test_the_preconditioned_step_rests_where_plain_descent_does(alpha, sigma, jacobian, cg_steps):
+    """At the root of VML_S's gradient, which denoises to the MAP, and not elsewhere."""
+    prior, h, y = random_problem()
+    at = {"prior": prior, "measurement": Measurement(Linear(h), y, 0.1), "alpha": alpha, "sigma": sigma}
+    matrix, offset = affine(lambda x: vml_gradient(x, **at)[0], 6)
+    root = torch.linalg.solve(matrix, -offset).reshape(1, 1, 1, 6)
+    for step in (InnerStep(), InnerStep(precondition="gauss-newton", cg_steps=cg_steps)):
+        move = lambda x, step=step: descend(x, **at, steps=1, stop_at=0, jacobian=jacobian, step=step).x_t - x  # noqa: E731
+        assert move(root).norm() < 1e-6 * move(root + root.norm() * draw(1, 1, 1, 6)).norm()
+
+
+def safe_length(h, sigma_y, alpha, sigma, jacobian):
+    """The fixed length that InnerStep's text calls safe."""
+    data, own = torch.linalg.matrix_norm(h, 2).item() ** 2 / sigma_y**2, alpha**2 / sigma**2
+    return 1 / (data + own / 4) if jacobian == "exact" else 1 / max(data, own)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("jacobian", ["exact", "free"])
+@pytest.mark.parametrize("alpha, sigma", SCALES)
+def test_the_documented_lengths_are_stable_for_a_gaussian(alpha, sigma, jacobian, seed):
+    """1 if preconditioned, otherwise `safe_length`: the error's matrix has its eigenvalues in the disc on [0, 1]."""
+    prior, h, y = random_problem(seed)
+    for sigma_y in (0.01, 0.3, 10.0):
+        at = {"prior": prior, "measurement": Measurement(Linear(h), y, sigma_y), "alpha": alpha, "sigma": sigma}
+        fixed = InnerStep(rule=safe_length(h, sigma_y, alpha, sigma, jacobian))
+        for step in (NEWTON, fixed):
+            move = partial(descend, **at, steps=1, stop_at=0, jacobian=jacobian, step=step)
+            matrix, _ = affine(lambda x, move=move: move(x).x_t, 6)
+            assert (torch.linalg.eigvals(matrix) - 0.5).abs().max() < 0.5 + 1e-6
+
+
+def ill_conditioned(d=32):
+    """N(0, I) seen through singular values from 1 to 0.001, with noise 0.0003: (prior, h, y, MAP)."""
+    left, right = (torch.linalg.qr(draw(d, d, seed=seed))[0] for seed in (0, 1))
+    h = left @ torch.diag(torch.logspace(0, -3, d, **DOUBLE)) @ right.T
+    prior = GaussianPrior(torch.zeros(d, **DOUBLE), torch.eye(d, **DOUBLE))
+    prior.pixel_scale = 1.0
+    y = (draw(d, seed=2) @ h.T + 3e-4 * draw(d, seed=3)).reshape(1, 1, 1, d)
+    return prior, h, y, prior.measured(h, y, 3e-4)[0]
+
+
+@pytest.mark.parametrize("jacobian", ["exact", "free"])
+def test_an_ill_conditioned_operator_stalls_plain_descent_and_not_the_preconditioned(jacobian):
+    """Plain descent is still 40 % away after 200 steps; preconditioned, 20 steps reach the MAP."""
+    prior, h, y, goal = ill_conditioned()
+
+    def error(operator, steps, step):
+        at = {"prior": prior, "measurement": Measurement(operator, y, 3e-4), "alpha": 1.0, "sigma": 0.5}
+        x_t = draw(1, 1, 1, 32, seed=4)
+        z0_hat = descend(x_t, **at, steps=steps, jacobian=jacobian, stop_at=0, step=step).z0_hat
+        return ((z0_hat - goal).norm() / goal.norm()).item()
+
+    assert error(Linear(h), 200, InnerStep()) > 0.4
+    assert error(Linear(h), 20, InnerStep(precondition="gauss-newton", cg_steps=64)) < 1e-6
+    assert error(Solving(h), 20, InnerStep(precondition="gauss-newton")) < 1e-6
+
+
+def problem(batch=1):
+    prior, h, y = random_problem()
+    measurement = Measurement(Linear(h), y + torch.arange(batch, **DOUBLE).reshape(-1, 1, 1, 1), 0.1)
+    return {"prior": prior, "measurement": measurement, "alpha": 0.8, "sigma": 0.6}, draw(batch, 1, 1, 6)
+
+
+def test_a_fixed_step_is_the_equation():
+    """``x_t -= alpha^2 eta g``, or without the pull-back ``x_t -= alpha eta b``; SGD makes the same step."""
+    at, x_t = problem()
+    g, _ = vml_gradient(x_t, **at)
+    b, _ = vml_bracket(x_t, at["prior"].denoise(x_t, 0.8, 0.6), **at)
+    eta = 0.003
+    for rule in (eta, partial(torch.optim.SGD, lr=eta)):
+        one = partial(descend, x_t, **at, steps=1, stop_at=0, step=InnerStep(rule=rule))
+        assert torch.allclose(one().x_t, x_t - 0.8**2 * eta * g)
+        assert torch.allclose(one(jacobian="free").x_t, x_t - 0.8 * eta * b)
+
+
+def test_an_optimiser_keeps_its_state_through_a_level():
+    """Adam in units of x_t / alpha: lr in the gradient's sign at first, and then what torch makes of both gradients."""
+    at, x_t = problem()
+    adam = partial(torch.optim.Adam, lr=0.1)
+    x = (x_t / 0.8).requires_grad_()
+    optimizer = adam([x])
+    for steps in (1, 2):
+        g, _ = vml_gradient(0.8 * x.detach(), **at)
+        x.grad = 0.8 * g
+        optimizer.step()
+        found = descend(x_t, **at, steps=steps, stop_at=0, step=InnerStep(rule=adam)).x_t
+        assert torch.allclose(found, 0.8 * x)
+        if steps == 1:
+            assert torch.allclose(found, x_t - 0.8 * 0.1 * g.sign())
+
+
+def test_at_pure_noise_no_step_is_taken():
+    at, x_t = problem()
+    prior = at["prior"]
+    found = descend(x_t, **{**at, "alpha": 0.0, "sigma": 1.0}, steps=3, step=NEWTON)
+    assert torch.equal(found.x_t, x_t) and torch.equal(found.z0_hat, prior.denoise(x_t, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("step", [NEWTON, InnerStep(rule=partial(torch.optim.Adam, lr=0.1))], ids=["newton", "adam"])
+def test_a_batch_is_what_its_images_are_alone(step):
+    """Also where one image comes to rest before the others: an optimiser's momentum does not carry it on."""
+    at, x_t = problem(3)
+    together = descend(x_t, **at, steps=40, stop_at=3.0, step=step)
+    assert len(set(together.steps.tolist())) > 1
+    for i in range(3):
+        measurement = Measurement(at["measurement"].operator, at["measurement"].y[i : i + 1], 0.1)
+        alone = descend(x_t[i : i + 1], **{**at, "measurement": measurement}, steps=40, stop_at=3.0, step=step)
+        assert alone.steps == together.steps[i]
+        assert torch.allclose(alone.x_t, together.x_t[i : i + 1], atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rule": "adam"}, {"rule": 0.0}, {"rule": float("inf")}, {"precondition": "svd"}, {"cg_steps": 0}]
+)
+def test_bad_steps_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        InnerStep(**wrong)
