@@ -519,9 +519,9 @@ def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation
 
 def loss_weights(alphas: torch.Tensor) -> torch.Tensor:
     """Weight of the noise error at every step: min-SNR-5 where there is little noise; the error of the velocity, 1/a,
-    where there is much (at most 20), or the error that the prompt explains would be too small to be learnt."""
+    where there is much (at most 60), or the error that the prompt explains would be too small to be learnt."""
     snr = alphas / (1 - alphas)
-    return (snr.clamp(max=5) / snr) * (1 / alphas).clamp(max=20)
+    return (snr.clamp(max=5) / snr) * (1 / alphas).clamp(max=60)
 
 
 def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation) -> None:
