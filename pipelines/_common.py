@@ -1,8 +1,9 @@
-"""Steps that the pipelines share: the budget of denoiser calls, the presets, the batch, pixels in and out."""
+"""What the pipelines share of their arguments: the budget of denoiser calls, the presets, the batch, pixels in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from vml_ldm.images import upright_mask, upright_rgb
 from vml_ldm.solve import check_choices
 
+STARTS = ("noise", "measurement")
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 
@@ -125,3 +127,50 @@ def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:
     if len(items) not in (1, count):
         raise ValueError(f"{len(items)} of `{name}` came for {count} prompts; expected 1 or {count}.")
     return items.expand(count, *items.shape[1:]).repeat_interleave(copies, dim=0)
+
+
+def check_one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a choice that is none of these."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_std(sigma_y, batch: int, device) -> Tensor:
+    """sigma_y as (B,) float32.
+
+    Raises:
+        ValueError: negative, not finite, or neither a number nor one for each image.
+    """
+    std = torch.as_tensor(0.0 if sigma_y is None else sigma_y, dtype=torch.float32, device=device)
+    if std.ndim > 1 or std.numel() not in (1, batch):
+        raise ValueError(f"sigma_y has shape {tuple(std.shape)}; expected a number, or one for each of {batch} images.")
+    if not (torch.isfinite(std) & (std >= 0)).all():
+        raise ValueError(f"sigma_y is {sigma_y}; expected >= 0, in units of y (images are in [0, 1]).")
+    return std.expand(batch)
+
+
+def count_prompts(a: SimpleNamespace, items: int) -> int:
+    """How many prompts there are, after one prompt is repeated for `items` images."""
+    prompts = 1 if isinstance(a.prompt, str) else len(a.prompt if a.prompt is not None else a.prompt_embeds)
+    if prompts > 1:
+        return prompts
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(a, name)
+        if value is not None and items > 1:
+            setattr(a, name, (value if isinstance(value, list) else [value]) * items)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        value = getattr(a, name)
+        if value is not None and len(value) == 1:
+            setattr(a, name, value.expand(items, -1, -1))
+    return items
+
+
+def check_generators(generator, batch: int) -> None:
+    """Raise ValueError unless there is one generator, or one for each image."""
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators came for {batch} images; expected one, or one for each.")
+
+
+def own(value):
+    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
