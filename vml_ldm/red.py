@@ -127,7 +127,7 @@ def red_diff_levels(
     A level's `z0_hat` and `x_next` are mu after its step; residual and nll are those before it, at x0.
     """
     check_red_choices(weighting, lambda_=lambda_, obs_weight=obs_weight, s=s, lr=lr)
-    visits = _visits(order, schedule)
+    visits = visits_of(order, schedule)
     if len(mu) != len(measurement.y):
         raise ValueError(f"mu has {len(mu)} images and y {len(measurement.y)}; expected the same. Repeat one of them.")
     loss = _Loss(prior, measurement, WEIGHTINGS[weighting], lambda_, obs_weight)
@@ -146,8 +146,12 @@ def check_red_choices(weighting: str, *, lambda_: float, obs_weight: float, s: f
         raise ValueError(f"lr is {lr}; expected a number > 0. The authors take 0.1 to 0.5.")
 
 
-def _visits(order: str | Sequence[int], schedule: Schedule) -> list[int]:
-    """The levels' indices in the order of the steps; the schedule itself runs from the noisiest."""
+def visits_of(order: str | Sequence[int], schedule: Schedule) -> list[int]:
+    """The levels' indices in the order of the steps; the schedule itself runs from the noisiest.
+
+    Raises:
+        ValueError: an unknown order, an index outside the schedule, or a level of pure noise or of none.
+    """
     count = len(schedule)
     if not isinstance(order, str):
         visits = list(order)
