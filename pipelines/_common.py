@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vml_ldm.images import upright_mask, upright_rgb
+from vml_ldm.images import from_pil, upright_mask, upright_rgb
 from vml_ldm.solve import check_choices
 
 STARTS = ("noise", "measurement")
@@ -116,6 +116,55 @@ def to_known(masks, processor, **size) -> Tensor:
     if painted.shape[1] != 1:
         raise ValueError(f"`mask_image` has {painted.shape[1]} channels; expected 1. Convert it to greyscale.")
     return 1 - painted.clamp(0, 1)
+
+
+def to_y(y) -> Tensor:
+    """What a caller hands in as y -> (B, ...), float32 or complex64; values are never shifted or clamped.
+
+    A tensor is y as its operator gives it, batch first. PIL images become (1, 1, H, W) if they are greyscale, otherwise
+    (1, 3, H, W), upright and on white. Arrays are image-shaped, (H, W), (H, W, C) or (B, H, W, C); bytes are divided by
+    255. A list is joined along the batch.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an empty list, or parts of different shapes; an array that is not image-shaped; values that are not
+            finite.
+    """
+    if isinstance(y, (list, tuple)):
+        return _join([to_y(part) for part in y])
+    if isinstance(y, Image.Image):
+        grey = y.mode in ("1", "L", "LA")
+        y = from_pil(y)[:, : 1 if grey else 3]
+    if isinstance(y, np.ndarray):
+        y = _to_channels_first(y)
+    if not isinstance(y, Tensor) or y.ndim == 0:
+        what = type(y).__name__
+        raise TypeError(f"`y` is {what}; expected a tensor (B, ...), a PIL image, an array, or a list of them.")
+    if not y.isfinite().all():
+        raise ValueError("`y` has values that are not finite; expected finite ones. Leave them out by the operator.")
+    if y.is_floating_point() or y.is_complex():  # any other type is refused by Measurement
+        y = y.to(torch.complex64 if y.is_complex() else torch.float32)
+    return y
+
+
+def _to_channels_first(array: np.ndarray) -> Tensor:
+    """An image-shaped array as (B, C, H, W)."""
+    images = array[None, :, :, None] if array.ndim == 2 else array[None] if array.ndim == 3 else array
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"`y` is an array of shape {array.shape}; expected (H, W), (H, W, C) or (B, H, W, C), C = 1 or 3. "
+            "Pass anything else as a tensor, shaped as the operator gives it."
+        )
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.float() / 255 if array.dtype == np.uint8 else pixels
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Parts (B_i, ...) as one batch."""
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) != 1:
+        raise ValueError(f"`y` is a list of parts of shapes {shapes} after the batch; expected one shape.")
+    return torch.cat(parts)
 
 
 def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:

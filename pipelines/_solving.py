@@ -215,7 +215,7 @@ def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor,
         noise_std: (B,), sigma_y as the caller named it.
         image: (B, 3, H, W) in [0, 1].
         seen: what the round trip should give back, shaped like y: y, or A(image) where the image is not free of noise
-            or does not quite agree with y.
+            or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
     """
     latent = prior.encode(image)
     before = Measurement(operator, seen, 1.0)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vml_ldm.assets import bundled_model
@@ -97,6 +104,13 @@ def components() -> dict:
     return {
         **networks,
         "tokenizer": tokenizer(),
-        "scheduler": scheduler(steps_offset=1, set_alpha_to_one=False),
+        "scheduler": scheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False),
         **none,
     }
+
+
+def save(folder) -> str:
+    """A checkpoint of `components` in diffusers' layout; its path."""
+    pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return str(folder)

@@ -45,6 +45,26 @@ ORDERS = ("descending", "ascending", "random")
 ADAM = partial(torch.optim.Adam, betas=(0.9, 0.99))
 
 
+@dataclass(frozen=True)
+class RedDiff:
+    """The settings of `red_diff` as one value, for whoever passes them on; it says what each is. Same defaults.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    lambda_: float = 0.25
+    weighting: str = "linear"
+    order: str | Sequence[int] = "descending"
+    obs_weight: float = 4.0
+    s: float = 0.0
+    lr: float = 0.1
+    optimizer: Callable[..., Optimizer] = ADAM
+
+    def __post_init__(self):
+        check_red_choices(self.weighting, lambda_=self.lambda_, obs_weight=self.obs_weight, s=self.s, lr=self.lr)
+
+
 def red_diff(
     mu: Tensor,
     *,
