@@ -155,7 +155,7 @@ def _to_channels_first(array: np.ndarray) -> Tensor:
             f"`y` is an array of shape {array.shape}; expected (H, W), (H, W, C) or (B, H, W, C), C = 1 or 3. "
             "Pass anything else as a tensor, shaped as the operator gives it."
         )
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    pixels = torch.tensor(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
     return pixels.float() / 255 if array.dtype == np.uint8 else pixels
 
 
