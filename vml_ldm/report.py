@@ -65,14 +65,19 @@ class Report:
                 f"residual   {_row(self.residual)} rms on what was measured, before any paste",
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
-                f"solver     {self.solver}, {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian "
-                f"{self.jacobian}, preset {self.preset}; float32 retries: {retries}",
+                f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
+                f"float32 retries: {retries}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}, encoder {calls.get('encode', 0)}",
                 f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, decoder "
                 f"{_sum(seconds, 'decode'):.2f}, encoder {seconds.get('encode', 0):.2f}, rest {self.overhead:.1%}",
             ]
         )
+
+    def _steps(self) -> str:
+        if self.solver == "red-diff":
+            return "one step each"
+        return f"up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}"
 
 
 def _row(values: list[float], form: str = ".4f") -> str:
