@@ -1,17 +1,19 @@
-"""Steps that the pipelines share: the budget of denoiser calls, the presets, the batch, pixels in and out."""
+"""What the pipelines share of their arguments: the budget of denoiser calls, the presets, the batch, pixels in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vml_ldm.images import upright_mask, upright_rgb
+from vml_ldm.images import from_pil, upright_mask, upright_rgb
 from vml_ldm.solve import check_choices
 
+STARTS = ("noise", "measurement")
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 
@@ -116,6 +118,55 @@ def to_known(masks, processor, **size) -> Tensor:
     return 1 - painted.clamp(0, 1)
 
 
+def to_y(y) -> Tensor:
+    """What a caller hands in as y -> (B, ...), float32 or complex64; values are never shifted or clamped.
+
+    A tensor is y as its operator gives it, batch first. PIL images become (1, 1, H, W) if they are greyscale, otherwise
+    (1, 3, H, W), upright and on white. Arrays are image-shaped, (H, W), (H, W, C) or (B, H, W, C); bytes are divided by
+    255. A list is joined along the batch.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an empty list, or parts of different shapes; an array that is not image-shaped; values that are not
+            finite.
+    """
+    if isinstance(y, (list, tuple)):
+        return _join([to_y(part) for part in y])
+    if isinstance(y, Image.Image):
+        grey = y.mode in ("1", "L", "LA")
+        y = from_pil(y)[:, : 1 if grey else 3]
+    if isinstance(y, np.ndarray):
+        y = _to_channels_first(y)
+    if not isinstance(y, Tensor) or y.ndim == 0:
+        what = type(y).__name__
+        raise TypeError(f"`y` is {what}; expected a tensor (B, ...), a PIL image, an array, or a list of them.")
+    if not y.isfinite().all():
+        raise ValueError("`y` has values that are not finite; expected finite ones. Leave them out by the operator.")
+    if y.is_floating_point() or y.is_complex():  # any other type is refused by Measurement
+        y = y.to(torch.complex64 if y.is_complex() else torch.float32)
+    return y
+
+
+def _to_channels_first(array: np.ndarray) -> Tensor:
+    """An image-shaped array as (B, C, H, W)."""
+    images = array[None, :, :, None] if array.ndim == 2 else array[None] if array.ndim == 3 else array
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(
+            f"`y` is an array of shape {array.shape}; expected (H, W), (H, W, C) or (B, H, W, C), C = 1 or 3. "
+            "Pass anything else as a tensor, shaped as the operator gives it."
+        )
+    pixels = torch.tensor(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.float() / 255 if array.dtype == np.uint8 else pixels
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """Parts (B_i, ...) as one batch."""
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) != 1:
+        raise ValueError(f"`y` is a list of parts of shapes {shapes} after the batch; expected one shape.")
+    return torch.cat(parts)
+
+
 def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:
     """One item for all, or one for each of `count` prompts, each `copies` times in a row.
 
@@ -125,3 +176,50 @@ def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:
     if len(items) not in (1, count):
         raise ValueError(f"{len(items)} of `{name}` came for {count} prompts; expected 1 or {count}.")
     return items.expand(count, *items.shape[1:]).repeat_interleave(copies, dim=0)
+
+
+def check_one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    """Raise ValueError for a choice that is none of these."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_std(sigma_y, batch: int, device) -> Tensor:
+    """sigma_y as (B,) float32.
+
+    Raises:
+        ValueError: negative, not finite, or neither a number nor one for each image.
+    """
+    std = torch.as_tensor(0.0 if sigma_y is None else sigma_y, dtype=torch.float32, device=device)
+    if std.ndim > 1 or std.numel() not in (1, batch):
+        raise ValueError(f"sigma_y has shape {tuple(std.shape)}; expected a number, or one for each of {batch} images.")
+    if not (torch.isfinite(std) & (std >= 0)).all():
+        raise ValueError(f"sigma_y is {sigma_y}; expected >= 0, in units of y (images are in [0, 1]).")
+    return std.expand(batch)
+
+
+def count_prompts(a: SimpleNamespace, items: int) -> int:
+    """How many prompts there are, after one prompt is repeated for `items` images."""
+    prompts = 1 if isinstance(a.prompt, str) else len(a.prompt if a.prompt is not None else a.prompt_embeds)
+    if prompts > 1:
+        return prompts
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(a, name)
+        if value is not None and items > 1:
+            setattr(a, name, (value if isinstance(value, list) else [value]) * items)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        value = getattr(a, name)
+        if value is not None and len(value) == 1:
+            setattr(a, name, value.expand(items, -1, -1))
+    return items
+
+
+def check_generators(generator, batch: int) -> None:
+    """Raise ValueError unless there is one generator, or one for each image."""
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators came for {batch} images; expected one, or one for each.")
+
+
+def own(value):
+    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

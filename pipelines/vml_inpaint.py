@@ -6,35 +6,42 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import PIL.Image
 import torch
 from diffusers import StableDiffusionInpaintPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import retrieve_timesteps
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import StableDiffusionPrior, check_scheduler, scheduler_levels
-from vml_ldm.images import fill_holes, seamless, to_pil, upright_mask, upright_rgb
-from vml_ldm.operators import Mask, Measurement
-from vml_ldm.pipelines._common import Settings, each, settings, to_known, to_pixels
-from vml_ldm.report import Report
-from vml_ldm.solve import Levels, Metered, Solution, conclude, noise_like, record, vml_levels
+from vml_ldm.adapters.diffusers import StableDiffusionPrior, scheduler_levels
+from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
+from vml_ldm.operators import Mask
+from vml_ldm.pipelines._common import (
+    STARTS,
+    Settings,
+    check_generators,
+    check_one_of,
+    check_std,
+    count_prompts,
+    each,
+    own,
+    settings,
+    to_known,
+    to_pixels,
+)
+from vml_ldm.pipelines._solving import Measured, SolvingMixin, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.solve import Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
-STARTS = ("noise", "measurement")
 _STOCK_ARGUMENTS = [
     name
     for name, parameter in inspect.signature(StableDiffusionInpaintPipeline.__call__).parameters.items()
     if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 ]
-_VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
-_LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
 
 class _Frame(NamedTuple):
@@ -45,14 +52,7 @@ class _Frame(NamedTuple):
     overlay: Callable[[list[PIL.Image.Image]], list[PIL.Image.Image]] | None
 
 
-@dataclass
-class VMLPipelineOutput(StableDiffusionPipelineOutput):
-    """The stock output, and `report` (None unless `return_report=True`)."""
-
-    report: Report | None = None
-
-
-class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
+class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion 1.x or 2.x checkpoint.
 
     The known pixels are a measurement ``y = m * x0`` at full resolution, and the decoder is part of the operator: at
@@ -144,11 +144,9 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             NonFiniteError: a network gives NaN or infinity in float32 too.
         """
         given = locals()
-        stock = {name: _own(given[name]) for name in _STOCK_ARGUMENTS} | kwargs
-        if solver not in SOLVERS:
-            raise ValueError(f"solver is {solver!r}; expected one of {', '.join(map(repr, SOLVERS))}.")
-        if start not in STARTS:
-            raise ValueError(f"start is {start!r}; expected one of {', '.join(map(repr, STARTS))}.")
+        stock = {name: own(given[name]) for name in _STOCK_ARGUMENTS} | kwargs
+        check_one_of("solver", solver, SOLVERS)
+        check_one_of("start", start, STARTS)
         if solver == "none":
             if return_report:
                 raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
@@ -159,77 +157,29 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         chosen = settings(preset, jacobian=jacobian, inner_steps=inner_steps, renoise=renoise)
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(SimpleNamespace(**stock, start=start), chosen, preset, sigma_y, paste)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, flagged, report) if return_report else (images, flagged)
-        return VMLPipelineOutput(images=images, nsfw_content_detected=flagged, report=report if return_report else None)
+        return self._give_back(images, flagged, report if return_report else None, return_dict)
 
     def _solve(self, a: SimpleNamespace, chosen: Settings, preset: str, sigma_y, paste: bool):
         """Images in the output type, safety flags, and the report."""
-        started = time.perf_counter()
-        self._check(a)
+        started, channels = time.perf_counter(), self.vae.config.latent_channels
+        self._check(a, (channels, 2 * channels + 1))
         frame, batch = self._frame(a)
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
         timesteps, levels, inner_steps = self._levels(a, chosen)
         chosen = replace(chosen, inner_steps=inner_steps)
-        noise_std = _noise_std(sigma_y, batch, self._execution_device)
+        noise_std = check_std(sigma_y, batch, self._execution_device)
         prompt_embeds, negative_prompt_embeds = self._embed(a)
         with self._prior(a, prompt_embeds, batch) as prior:
             metered = Metered(prior)
-            measurement, vae_error, z_y = _measure(frame, noise_std, metered)
-            x_T = self._start(a, levels, frame, z_y, metered)
+            measured = _measure(frame, noise_std, metered)
+            x_T = self._start(a, levels, frame, measured.latent, metered)
             tensors = self._callback_tensors(a, frame, prior, prompt_embeds, negative_prompt_embeds)
-            solution = self._descend(a, x_T, metered, measurement, levels, chosen, timesteps, tensors, started)
-        report = Report(
-            sigma_y=noise_std.tolist(),
-            vae_error=vae_error.tolist(),
-            effective_sigma_y=measurement.sigma_y.tolist(),
-            residual=solution.residual.tolist(),
-            levels=len(levels),
-            inner_steps=chosen.inner_steps,
-            jacobian=chosen.jacobian,
-            preset=preset,
-            trace=solution.trace,
-            retries=dict(prior.retries),
-            calls=dict(solution.calls),
-            seconds=dict(solution.seconds),
-        )
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
+            latent, trace = self._follow(a, solving, len(levels), timesteps, tensors, metered)
+            solution = conclude(latent, trace, metered, measured.measurement, started)
+        report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
         return *self._finish(a, frame, solution, paste, prompt_embeds.dtype), report
-
-    def _check(self, a: SimpleNamespace) -> None:
-        """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model."""
-        if isinstance(a.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            a.callback_on_step_end_tensor_inputs = a.callback_on_step_end.tensor_inputs
-        a.height = a.height or self.unet.config.sample_size * self.vae_scale_factor
-        a.width = a.width or self.unet.config.sample_size * self.vae_scale_factor
-        a.num_images_per_prompt = a.num_images_per_prompt or 1
-        a.callback, a.callback_steps = getattr(a, "callback", None), getattr(a, "callback_steps", None)
-        self.check_inputs(
-            a.prompt,
-            a.image,
-            a.mask_image,
-            a.height,
-            a.width,
-            a.strength,
-            a.callback_steps,
-            a.output_type,
-            a.negative_prompt,
-            a.prompt_embeds,
-            a.negative_prompt_embeds,
-            a.ip_adapter_image,
-            a.ip_adapter_image_embeds,
-            a.callback_on_step_end_tensor_inputs,
-            a.padding_mask_crop,
-        )
-        check_scheduler(self.scheduler)
-        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels not in (latent, 2 * latent + 1):
-            raise ValueError(
-                f"the UNet takes {channels} channels; expected {latent}, or {2 * latent + 1} (inpainting)."
-            )
-        self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
-        self._cross_attention_kwargs, self._interrupt = a.cross_attention_kwargs, False
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
         """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""
@@ -245,15 +195,11 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
                 f"`image` has {tuple(pixels.shape[2:])} pixels and `mask_image` {tuple(known.shape[2:])}; "
                 "expected the same. Resize one of them."
             )
-        prompts = 1 if isinstance(a.prompt, str) else len(a.prompt if a.prompt is not None else a.prompt_embeds)
-        if prompts == 1:
-            prompts = max(len(pixels), len(known))
-            _repeat_prompt(a, prompts)
+        prompts = count_prompts(a, max(len(pixels), len(known)))
         pixels = each(pixels, prompts, a.num_images_per_prompt, "image").to(self._execution_device)
         known = each(known, prompts, a.num_images_per_prompt, "mask_image").to(self._execution_device)
         batch = len(pixels)
-        if isinstance(a.generator, list) and len(a.generator) != batch:
-            raise ValueError(f"{len(a.generator)} generators came for {batch} images; expected one, or one for each.")
+        check_generators(a.generator, batch)
         return _Frame(pixels, known, overlay), batch
 
     def _processor(self, **options) -> VaeImageProcessor:
@@ -301,57 +247,9 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         self._num_timesteps = count
         return timesteps, scheduler_levels(self.scheduler, timesteps, chosen.renoise), inner_steps
 
-    def _embed(self, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
-        """Prompt embeddings, negative ones first under guidance; and the negative ones alone."""
-        positive, negative = self.encode_prompt(
-            a.prompt,
-            self._execution_device,
-            a.num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            a.negative_prompt,
-            prompt_embeds=a.prompt_embeds,
-            negative_prompt_embeds=a.negative_prompt_embeds,
-            lora_scale=(a.cross_attention_kwargs or {}).get("scale"),
-            clip_skip=a.clip_skip,
-        )
-        return (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive), negative
-
-    def _prior(self, a: SimpleNamespace, prompt_embeds: Tensor, batch: int) -> StableDiffusionPrior:
-        shared = {"cross_attention_kwargs": a.cross_attention_kwargs}
-        if self.unet.config.time_cond_proj_dim is not None:
-            scale = torch.tensor(self.guidance_scale - 1).repeat(batch)
-            embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
-            shared["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
-        conditions = [dict(shared) for _ in range(1 + self.do_classifier_free_guidance)]  # negative first
-        if a.ip_adapter_image is not None or a.ip_adapter_image_embeds is not None:
-            embeds = self.prepare_ip_adapter_image_embeds(
-                a.ip_adapter_image,
-                a.ip_adapter_image_embeds,
-                self._execution_device,
-                batch,
-                self.do_classifier_free_guidance,
-            )
-            for condition, *own in zip(conditions, *(e.chunk(len(conditions)) for e in embeds), strict=True):
-                condition["added_cond_kwargs"] = {"image_embeds": own}
-        prior = StableDiffusionPrior(
-            unet=self.unet,
-            vae=self.vae,
-            scheduler=self.scheduler,
-            condition=conditions[-1],
-            negative=conditions[0] if self.do_classifier_free_guidance else None,
-            guidance_scale=self.guidance_scale,
-        )
-        _set_prompt(prior, prompt_embeds)
-        return prior
-
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
         """x_T (B, c, h, w) float32: noise, or the image's or the measurement's latents noised to the first level."""
-        if a.latents is None:
-            noise = noise_like(z_y, a.generator)
-        elif a.latents.shape == z_y.shape:
-            noise = a.latents.to(z_y)
-        else:
-            raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {tuple(z_y.shape)}.")
+        noise = start_noise(a, z_y)
         if a.strength == 1.0 and a.start == "noise":
             return noise * float(self.scheduler.init_noise_sigma)
         alpha, sigma = levels.scales(0)
@@ -384,39 +282,8 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
             _set_inpainting(prior, tensors)
         return tensors
 
-    def _descend(self, a, x_T, prior, measurement, levels, chosen, timesteps, tensors, started) -> Solution:
-        """VML-MAP with a progress bar, callbacks and interruption (which keeps the last clean estimate)."""
-        trace = []
-        solving = vml_levels(
-            x_T,
-            prior=prior,
-            measurement=measurement,
-            schedule=levels,
-            inner_steps=chosen.inner_steps,
-            jacobian=chosen.jacobian,
-            stop_at=chosen.stop_at,
-            generator=a.generator,
-        )
-        with self.progress_bar(total=len(levels)) as bar:
-            for level in solving:
-                trace.append(record(level))
-                if a.callback_on_step_end is not None:
-                    self._call_back(a, level, timesteps, tensors, prior.prior)
-                bar.update()
-                if a.callback is not None and level.index % (a.callback_steps or 1) == 0:
-                    a.callback(level.index, timesteps[level.index], level.x_next)
-                if self.interrupt:
-                    return conclude(level.z0_hat, trace, prior, measurement, started)
-        return conclude(level.x_next, trace, prior, measurement, started)
-
-    def _call_back(self, a: SimpleNamespace, level, timesteps: Tensor, tensors: dict, prior) -> None:
-        """Hand the tensors that were asked for to the user's callback, and take back what it changed."""
-        given = {"latents": level.x_next, **tensors}
-        wanted = {name: given[name] for name in a.callback_on_step_end_tensor_inputs}
-        changed = a.callback_on_step_end(self, level.index, timesteps[level.index], wanted) or {}
-        level.x_next = changed.get("latents", level.x_next)
-        tensors.update({name: changed[name] for name in tensors if name in changed})
-        _set_prompt(prior, tensors["prompt_embeds"])
+    def _condition(self, prior: StableDiffusionPrior, tensors: dict) -> None:
+        super()._condition(prior, tensors)
         if prior.inpainting is not None:
             _set_inpainting(prior, tensors)
 
@@ -425,23 +292,9 @@ class VMLInpaintPipeline(StableDiffusionInpaintPipeline):
         if a.output_type == "latent":
             return solution.latent, None
         image = seamless(frame.pixels, solution.image, frame.known) if paste else solution.image
-        _, flagged = self.run_safety_checker(2 * image - 1, image.device, dtype)
-        if flagged is not None:  # flagged images come back black, as stock returns them; the others stay as they are
-            image = image * (1 - torch.as_tensor(flagged).to(image).reshape(-1, 1, 1, 1))
-        if a.output_type == "pt":
-            return image, flagged
-        if a.output_type == "np":
-            return image.cpu().permute(0, 2, 3, 1).numpy(), flagged
-        images = to_pil(image)
-        return (frame.overlay(images) if frame.overlay else images), flagged
-
-
-def _set_prompt(prior: StableDiffusionPrior, prompt_embeds: Tensor) -> None:
-    """Prompt embeddings as the stock pipeline concatenates them: under guidance the negative ones first."""
-    if prior.negative is None:
-        prior.condition["encoder_hidden_states"] = prompt_embeds
-    else:
-        prior.negative["encoder_hidden_states"], prior.condition["encoder_hidden_states"] = prompt_embeds.chunk(2)
+        images, flagged = self._hand_out(image, a.output_type, dtype)
+        laid_over = frame.overlay is not None and a.output_type not in ("pt", "np")
+        return (frame.overlay(images) if laid_over else images), flagged
 
 
 def _set_inpainting(prior: StableDiffusionPrior, tensors: dict) -> None:
@@ -450,48 +303,8 @@ def _set_inpainting(prior: StableDiffusionPrior, tensors: dict) -> None:
     prior.inpainting = channels if prior.negative is None else channels.chunk(2)[1]
 
 
-def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> tuple[Measurement, Tensor, Tensor]:
-    """The known pixels as a measurement, the VAE's round-trip error on them, (B,), and their latent.
-
-    The holes are filled smoothly before the image goes through the VAE. The decoder cannot draw y exactly, so the
-    solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y: a latent that was searched for comes closer
-    than one that was encoded (half was found on the validation images).
-    """
+def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> Measured:
+    """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them."""
     operator = Mask(frame.known)
     y = operator(frame.pixels)
-    measurement = Measurement(operator, y, 1.0)
-    z_y = prior.encode(fill_holes(frame.pixels, frame.known))
-    vae_error = measurement.rms(measurement.residual(prior.decode(z_y)))
-    effective = (noise_std**2 + (_VAE_SHARE * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
-    return Measurement(operator, y, effective), vae_error, z_y
-
-
-def _noise_std(sigma_y, batch: int, device) -> Tensor:
-    """sigma_y as (B,) float32.
-
-    Raises:
-        ValueError: negative, not finite, or neither a number nor one for each image.
-    """
-    std = torch.as_tensor(0.0 if sigma_y is None else sigma_y, dtype=torch.float32, device=device)
-    if std.ndim > 1 or std.numel() not in (1, batch):
-        raise ValueError(f"sigma_y has shape {tuple(std.shape)}; expected a number, or one for each of {batch} images.")
-    if not (torch.isfinite(std) & (std >= 0)).all():
-        raise ValueError(f"sigma_y is {sigma_y}; expected >= 0, in units of images in [0, 1].")
-    return std.expand(batch)
-
-
-def _repeat_prompt(a: SimpleNamespace, count: int) -> None:
-    """One prompt for `count` images."""
-    for name in ("prompt", "negative_prompt"):
-        value = getattr(a, name)
-        if value is not None and count > 1:
-            setattr(a, name, (value if isinstance(value, list) else [value]) * count)
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        value = getattr(a, name)
-        if value is not None and len(value) == 1:
-            setattr(a, name, value.expand(count, -1, -1))
-
-
-def _own(value):
-    """A tensor made in inference mode as one that autograd may save."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+    return measure(operator, y, noise_std, fill_holes(frame.pixels, frame.known), y, prior)

@@ -1,4 +1,7 @@
-"""The command line, on the bundled checkpoint: results, what is refused, and in how many words."""
+"""The command line: results, what is refused, and in how many words.
+
+Inpainting runs on the bundled checkpoint, restoration on tiny random networks.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, ImageDraw
 
 import vml_ldm
+from vml_ldm import cli, damage
 from vml_ldm.assets import bundled_model, example_images
 from vml_ldm.cli import main
 from vml_ldm.images import load_image
@@ -39,7 +44,7 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_version_and_help_load_nothing_heavy(tmp_path: Path) -> None:
-    for arguments in (["--version"], ["--help"], ["inpaint", "--help"], ["demo", "--help"]):
+    for arguments in (["--version"], ["--help"], ["inpaint", "--help"], ["restore", "--help"], ["demo", "--help"]):
         code = (
             "import sys\nfrom vml_ldm.cli import main\n"
             f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
@@ -157,3 +162,88 @@ def test_interrupt_has_its_own_status(tmp_path: Path, capsys, monkeypatch) -> No
     monkeypatch.setattr("vml_ldm.evaluation.demo.run", interrupt)
     assert main(["demo", "-o", str(tmp_path / "demo")]) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of random weights for images of 64 x 64 pixels."""
+    return tiny.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def photo(tmp_path: Path):
+    """Write an emoji of a size; return its path."""
+
+    def write(width: int, height: int) -> str:
+        load_image(example_images("held_out")[0][0]).resize((width, height)).save(tmp_path / "photo.png")
+        return str(tmp_path / "photo.png")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("task", "channels"), [(("sr4", "--solver", "red-diff"), 3), (("jpeg", "--quality", "20"), 3), (("colorize",), 1)]
+)
+def test_restoring_a_simulation_s_measurement_is_the_simulation(photo, model, tmp_path, capsys, task, channels) -> None:
+    clean, out, again = photo(64, 72), tmp_path / "out.png", tmp_path / "again.png"
+    common = ["--model", model, *QUICK, "--noise", "0.05", "--task", *task]
+    assert main(["restore", clean, "-o", str(out), "--simulate", *common]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "simulated  from 64 x 72, brought to 64 x 72 first"
+    measured = tmp_path / "out-measured.png"
+    assert printed[-1] == f"wrote {out} and {measured}"
+    assert pixels(out).shape == (72, 64, 3) and (pixels(measured).ndim == 2) == (channels == 1)
+    assert main(["restore", str(measured), "-o", str(again), *common]) == 0
+    assert (pixels(again) == pixels(out)).all()
+    said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["size", "residual", "expected", "solver", "networks", "seconds", "wrote"]
+
+
+@pytest.mark.parametrize(
+    ("size", "task", "result", "said"),
+    [
+        ((18, 20), "sr4", (72, 80), "size       18 x 20, solved at 72 x 80; the result is 72 x 80"),
+        ((120, 80), "sr8", (96, 64), "scaled to 12 x 8"),
+        ((150, 70), "motion", (96, 70), "of which the middle 96 x 70 is used, solved at 96 x 72 and cropped"),
+    ],
+)
+def test_a_measurement_of_any_size_is_solved(photo, model, tmp_path, capsys, size, task, result, said) -> None:
+    out = tmp_path / "out.png"
+    assert main(["restore", photo(*size), "-o", str(out), "--task", task, "--model", model, *QUICK]) == 0
+    assert Image.open(out).size == result
+    assert said in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--task", "sr4", "--quality", "5"], "--quality came with --task sr4; expected only --mode"),
+        (["--task", "colorize", "--kernel-seed", "5"], "--kernel-seed came with --task colorize; expected none of"),
+        (["--task", "jpeg", "--quality", "0"], "quality is 0; expected a whole number from 1 to 100"),
+        (["--task", "kernel"], "--task kernel came without --kernel; expected it"),
+        (["--task", "kernel", "--kernel", "none.png"], "none.png does not exist"),
+        (["--task", "kernel", "--kernel", "black.png"], "black.png is all black; expected a picture of a kernel"),
+        (["--task", "hdr", "--simulate"], "out-measured.png exists. Pass --force"),
+        (["--task", "hdr", "--model", "none"], "none is no folder"),
+    ],
+)
+def test_restore_refuses(photo, tmp_path, capsys, monkeypatch, more: list[str], complaint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (5, 5)).save("black.png")
+    Path("out-measured.png").write_bytes(b"mine")
+    assert complaint in refused(["restore", photo(64, 64), "-o", "out.png", *more], capsys)
+    assert not Path("out.png").exists() and Path("out-measured.png").read_bytes() == b"mine"
+
+
+def test_a_kernel_from_a_file_is_brought_to_sum_one(photo, model, tmp_path) -> None:
+    kernel, out = tmp_path / "kernel.png", tmp_path / "out.png"
+    Image.new("L", (3, 1), 77).save(kernel)
+    arguments = ["restore", photo(64, 64), "-o", str(out), "--task", "kernel", "--kernel", str(kernel), "--simulate"]
+    assert main([*arguments, "--model", model, *QUICK]) == 0
+    clean = pixels(photo(64, 64)).astype(float)
+    blurred = (clean[:, :-2] + clean[:, 1:-1] + clean[:, 2:]) / 3
+    assert np.abs(pixels(tmp_path / "out-measured.png")[:, 1:-1] - blurred).max() <= 0.51
+
+
+def test_the_parser_knows_every_task() -> None:
+    assert tuple(cli.TASKS) == tuple(damage.TASKS)

@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from vml_ldm.evaluation.tasks import draw_mask
-from vml_ldm.fitting import Fit
+from vml_ldm.fitting import Fit, Window
+from vml_ldm.operators import Downsample, Mask
 
 SIZES = [(128, 128), (131, 150), (300, 200), (60, 90), (256, 256), (97, 400)]
 
@@ -87,3 +88,46 @@ def test_no_size_to_change_changes_nothing() -> None:
     brought, known = fit.bring(image, mask)
     assert torch.equal(brought, image) and torch.equal(known, mask)
     assert torch.equal(fit.take_back(image, image, mask), image)
+
+
+@pytest.mark.parametrize("found", [(32, 32), (33, 47), (10, 200), (300, 200), (128, 128)])
+@pytest.mark.parametrize("factor", [1, 4, 8])
+def test_a_window_shows_the_whole_measurement_at_the_model_s_size(found: tuple[int, int], factor: int) -> None:
+    window = Window.choose(found, native=128, stride=8, factor=factor)
+    assert window.used == window.scaled and 128 <= min(window.image) <= 192
+    assert window.image == tuple(factor * n for n in window.used)
+    assert all(c % 8 == 0 and 0 <= c - n < 8 for c, n in zip(window.canvas, window.image, strict=True))
+    assert window.scaled[0] / window.scaled[1] == pytest.approx(found[0] / found[1], rel=0.05)
+    brought = window.bring(picture(*found))
+    assert brought.shape[2:] == window.used and brought.min() >= 0 and brought.max() <= 1
+    if window.scale == 1:
+        assert torch.equal(brought, picture(*found))
+
+
+def test_what_is_tied_to_its_pixels_is_cropped_at_corners_of_blocks() -> None:
+    window = Window.choose((300, 130), native=128, stride=8, scales=False)
+    y = torch.arange(300.0 * 130).reshape(1, 1, 300, 130)
+    brought = window.bring(y)
+    assert window.scale == 1 and brought.shape[2:] == (192, 130) and window.canvas == (192, 136)
+    top, left = divmod(int(brought[0, 0, 0, 0]), 130)
+    assert (top, left) == (48, 0) and torch.equal(brought, y[..., top : top + 192, :])
+    assert Window.choose((60, 50), native=128, stride=8, scales=False).image == (60, 50)
+
+
+def test_the_rim_of_the_canvas_is_not_measured() -> None:
+    window = Window.choose((131, 150), native=128, stride=8)
+    assert window.canvas == (136, 152)
+    operator = window.see(Mask(torch.ones(1, 1, 131, 150)))
+    canvas = picture(*window.canvas)
+    assert torch.equal(operator(canvas), window.take_back(canvas)) and operator(canvas).shape[2:] == (131, 150)
+    whole = Downsample(4)
+    assert Window.choose((32, 34), native=128, stride=8, factor=4).see(whole) is whole
+
+
+def test_a_window_says_what_is_done() -> None:
+    text = Window.choose((32, 40), 128, 8, factor=4).text()
+    assert text.endswith("40 x 32, solved at 160 x 128; the result is 160 x 128")
+    text = Window.choose((100, 200), 128, 8, factor=4).text()
+    assert "scaled to 64 x 32, solved at 256 x 128" in text
+    text = Window.choose((131, 300), 128, 8, scales=False).text()
+    assert "of which the middle 192 x 131 is used, solved at 192 x 136 and cropped; the result is 192 x 131" in text

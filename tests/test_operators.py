@@ -527,6 +527,38 @@ def test_any_callable_is_an_operator():
 # Measurements.
 
 
+def seen_through(operator, x):
+    return Measurement(operator, operator(x), 0.1)
+
+
+@pytest.mark.parametrize("name", ["mask", "crop", "downsample", "hdr"])
+def test_a_guess_for_an_operator_without_a_start_agrees_with_y(name):
+    operator = {"mask": MASK, "crop": Crop(SIZE, 3, 1, 7, 5), "downsample": Downsample(4), "hdr": HDR()}[name]
+    x = 0.2 + 0.6 * images()
+    bare = seen_through(lambda image: operator(image), x)
+    guess = bare.guess(SIZE)
+    assert guess.shape == x.shape and bare.rms(bare.residual(guess)).max() < 1e-6
+    assert torch.allclose(guess[:1], seen_through(lambda image: operator(image), x[:1]).guess(SIZE)) or name == "mask"
+
+
+def test_a_guess_is_the_start_where_there_is_one_and_never_worse_than_grey():
+    x = images()
+    assert torch.equal(seen_through(JPEG(20), x).guess(SIZE), JPEG(20).start(JPEG(20)(x)))
+    for bare in (lambda image: image**0.2, lambda image: image.log(), lambda image: torch.fft.fft2(image)):
+        measurement = seen_through(bare, x)
+        error, grey = (measurement.nll(guess) for guess in (measurement.guess(SIZE), torch.full_like(x, 0.5)))
+        assert (error < 0.8 * grey).all()
+    with pytest.raises(ValueError, match=r"start\(y\) has shape \(2, 3, 16, 8\); expected \(2, 3, 8, 8\)"):
+        seen_through(JPEG(20), x).guess((8, 8))
+    with pytest.raises(TypeError, match="not for you"):
+        seen_through(Unwilling(0.5), x).guess(SIZE)
+
+
+class Unwilling(HDR):
+    def start(self, y):
+        raise TypeError("not for you")
+
+
 def test_nll_and_residual_are_their_formulas():
     x = images(seed=1)
     measurement = Measurement(MASK, MASK(images(seed=2)), torch.tensor([0.1, 0.5]))

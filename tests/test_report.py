@@ -21,5 +21,11 @@ def test_text_has_five_lines_and_the_ratio_to_what_the_vae_can_do():
     assert len(lines) == 5 and "0.80" in lines[1] and "1 x the VAE decoder" in lines[2] and "1.0%" in lines[4]
 
 
+def test_text_names_the_solver_and_what_it_has():
+    assert "solver     vml, 8 levels, up to 5 inner steps each, Jacobian exact" in report().text()
+    text = report(solver="red-diff", inner_steps=1).text()
+    assert "solver     red-diff, 8 levels, one step each, preset balanced" in text and "Jacobian" not in text
+
+
 def test_the_dict_is_plain():
     assert json.loads(json.dumps(report().to_dict()))["overhead"] > 0

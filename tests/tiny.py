@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from vml_ldm.assets import bundled_model
 
 
 def unet(in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
@@ -73,3 +83,34 @@ def scheduler(prediction_type: str = "epsilon", cls=DDIMScheduler, **options):
         prediction_type=prediction_type,
         **options,
     )
+
+
+def tokenizer() -> CLIPTokenizer:
+    """The bundled checkpoint's: a vocabulary has no weights."""
+    return CLIPTokenizer.from_pretrained(bundled_model(), subfolder="tokenizer")
+
+
+def text_encoder(seed: int = 0) -> CLIPTextModel:
+    torch.manual_seed(seed)
+    width = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": 1742, "max_position_embeddings": 32, "bos_token_id": 1740, "eos_token_id": 1741}
+    return CLIPTextModel(CLIPTextConfig(**width, **words, pad_token_id=1741)).eval()
+
+
+def components() -> dict:
+    """Every component of a Stable Diffusion pipeline, for images of 64 x 64 pixels."""
+    none = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    networks = {"unet": unet(), "vae": vae(), "text_encoder": text_encoder()}
+    return {
+        **networks,
+        "tokenizer": tokenizer(),
+        "scheduler": scheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+        **none,
+    }
+
+
+def save(folder) -> str:
+    """A checkpoint of `components` in diffusers' layout; its path."""
+    pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return str(folder)

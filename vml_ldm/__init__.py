@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     )
     from vml_ldm.optimize import InnerStep
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+    from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
     from vml_ldm.pixels import CallablePrior, karras_scales
-    from vml_ldm.red import red_diff
+    from vml_ldm.red import RedDiff, red_diff
     from vml_ldm.solve import Levels, Solution, vml_map
     from vml_ldm.spread import over_seeds
 
@@ -63,9 +64,11 @@ __all__ = [
     "MotionBlur",
     "NonlinearBlur",
     "PhaseRetrieval",
+    "RedDiff",
     "Solution",
     "Subsample",
     "VMLInpaintPipeline",
+    "VMLRestorePipeline",
     "__version__",
     "bundled_model",
     "from_physics",
@@ -89,8 +92,9 @@ _NAMES = {
     ],
     "optimize": ["InnerStep"],
     "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
+    "pipelines.vml_restore": ["VMLRestorePipeline"],
     "pixels": ["CallablePrior", "karras_scales"],
-    "red": ["red_diff"],
+    "red": ["RedDiff", "red_diff"],
     "solve": ["Levels", "Solution", "vml_map"],
     "spread": ["over_seeds"],
 }

@@ -1,4 +1,7 @@
-"""Any image to a size that a model can solve, and the result back. Masks here are 1 = known."""
+"""Any image, or any picture-shaped measurement, to a size that a model can solve, and the result back.
+
+Masks here are 1 = known.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vml_ldm.images import seamless
+from vml_ldm.operators import Compose, Crop, Operator
 
 _NEAR = 1.5  # up to so many times the model's own size an image is solved as it is
+_GRID = 16  # a measurement is cropped at multiples of it, which are corners of JPEG's blocks too
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,72 @@ class Fit:
         if self.scaled != self.size:
             painted = F.interpolate(painted, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         return seamless(image, painted, mask)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of a measurement is solved, and at which size. Sizes are (height, width) in pixels.
+
+    Attributes:
+        found: of the measurement.
+        scaled: of it after scaling, by `scale`.
+        used: of the middle of that.
+        image: of the image that it measures, a factor larger than `used`.
+        canvas: of the image that the model makes; its lower and right rim, beyond `image`, is not measured.
+    """
+
+    found: tuple[int, int]
+    scaled: tuple[int, int]
+    used: tuple[int, int]
+    image: tuple[int, int]
+    canvas: tuple[int, int]
+    scale: float = 1.0
+
+    @classmethod
+    def choose(
+        cls, found: tuple[int, int], native: int, stride: int, *, factor: int = 1, scales: bool = True
+    ) -> Window:
+        """Scale so that the image's shorter side is native, unless it is native to 1.5 native already.
+
+        A measurement that is tied to its pixels is not scaled; the middle of it is used, up to 1.5 native each way.
+
+        Args:
+            found: of the measurement.
+            native: side of the images that the model was trained on.
+            stride: pixels for each latent, of the VAE.
+            factor: sides of the image over those of the measurement.
+            scales: False: tied to its pixels.
+        """
+        side = factor * min(found)
+        keep = not scales or native <= side <= _NEAR * native
+        scale = 1.0 if keep else native / side
+        scaled = tuple(max(1, round(scale * length)) for length in found)
+        most = max(scaled) if scales else int(_NEAR * native)
+        used = tuple(min(length, most) for length in scaled)
+        image = tuple(factor * length for length in used)
+        return cls(found, scaled, used, image, tuple(math.ceil(n / stride) * stride for n in image), scale)
+
+    def text(self) -> str:
+        """One line that says what is done to the size."""
+        steps = [] if self.scaled == self.found else [f"scaled to {_by(self.scaled)}"]
+        steps += [] if self.used == self.scaled else [f"of which the middle {_by(self.used)} is used"]
+        steps += [f"solved at {_by(self.canvas)}" + ("" if self.canvas == self.image else " and cropped")]
+        return f"size       {_by(self.found)}, {', '.join(steps)}; the result is {_by(self.image)}"
+
+    def bring(self, y: Tensor) -> Tensor:
+        """The measurement (1, C, h, w) in [0, 1] as the solver gets it."""
+        if self.scaled != self.found:
+            y = F.interpolate(y, self.scaled, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((whole - part) // 2 // _GRID * _GRID for whole, part in zip(self.scaled, self.used, strict=True))
+        return y[..., top : top + self.used[0], left : left + self.used[1]]
+
+    def see(self, operator: Operator) -> Operator:
+        """The operator on the whole canvas, of one on images of the measured size."""
+        return operator if self.canvas == self.image else Compose(Crop(self.canvas, 0, 0, *self.image), operator)
+
+    def take_back(self, canvas: Tensor) -> Tensor:
+        """The measured part of the solver's image."""
+        return canvas[..., : self.image[0], : self.image[1]]
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -45,6 +45,26 @@ ORDERS = ("descending", "ascending", "random")
 ADAM = partial(torch.optim.Adam, betas=(0.9, 0.99))
 
 
+@dataclass(frozen=True)
+class RedDiff:
+    """The settings of `red_diff` as one value, for whoever passes them on; it says what each is. Same defaults.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    lambda_: float = 0.25
+    weighting: str = "linear"
+    order: str | Sequence[int] = "descending"
+    obs_weight: float = 4.0
+    s: float = 0.0
+    lr: float = 0.1
+    optimizer: Callable[..., Optimizer] = ADAM
+
+    def __post_init__(self):
+        check_red_choices(self.weighting, lambda_=self.lambda_, obs_weight=self.obs_weight, s=self.s, lr=self.lr)
+
+
 def red_diff(
     mu: Tensor,
     *,
@@ -127,7 +147,7 @@ def red_diff_levels(
     A level's `z0_hat` and `x_next` are mu after its step; residual and nll are those before it, at x0.
     """
     check_red_choices(weighting, lambda_=lambda_, obs_weight=obs_weight, s=s, lr=lr)
-    visits = _visits(order, schedule)
+    visits = visits_of(order, schedule)
     if len(mu) != len(measurement.y):
         raise ValueError(f"mu has {len(mu)} images and y {len(measurement.y)}; expected the same. Repeat one of them.")
     loss = _Loss(prior, measurement, WEIGHTINGS[weighting], lambda_, obs_weight)
@@ -146,8 +166,12 @@ def check_red_choices(weighting: str, *, lambda_: float, obs_weight: float, s: f
         raise ValueError(f"lr is {lr}; expected a number > 0. The authors take 0.1 to 0.5.")
 
 
-def _visits(order: str | Sequence[int], schedule: Schedule) -> list[int]:
-    """The levels' indices in the order of the steps; the schedule itself runs from the noisiest."""
+def visits_of(order: str | Sequence[int], schedule: Schedule) -> list[int]:
+    """The levels' indices in the order of the steps; the schedule itself runs from the noisiest.
+
+    Raises:
+        ValueError: an unknown order, an index outside the schedule, or a level of pure noise or of none.
+    """
     count = len(schedule)
     if not isinstance(order, str):
         visits = list(order)

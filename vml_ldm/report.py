@@ -14,11 +14,12 @@ class Report:
 
     Attributes:
         sigma_y: the noise that the caller named.
-        vae_error: rms of y - A(Dec(Enc(.))): what the VAE's own round trip leaves of the measurement.
-        effective_sigma_y: the sigma_y that the solver took, sqrt(sigma_y^2 + (vae_error / 2)^2).
+        vae_error: rms of what the VAE's own round trip, Dec(Enc(.)), changes in the measurement of an image.
+        effective_sigma_y: the sigma_y that VML takes, sqrt(sigma_y^2 + (vae_error / 2)^2); RED-diff has none.
         residual: rms of y - A(image), before any paste.
         levels, inner_steps: noise levels, and inner steps at each of them at the most.
         jacobian, preset: which form, which preset.
+        solver: "vml" or "red-diff", which takes one step at each level and never the denoiser's Jacobian.
         trace: a dict for each level: alpha, sigma, residual, nll, steps.
         retries: network passes repeated in float32 after non-finite values, by network.
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian.
@@ -33,6 +34,7 @@ class Report:
     inner_steps: int
     jacobian: str
     preset: str
+    solver: str = "vml"
     trace: list[dict] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -60,17 +62,22 @@ class Report:
         retries = ", ".join(f"{count} x {name}" for name, count in self.retries.items()) or "none"
         return "\n".join(
             [
-                f"residual   {_row(self.residual)} rms on the known pixels, before the paste",
+                f"residual   {_row(self.residual)} rms on what was measured, before any paste",
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
-                f"solver     {self.levels} levels, up to {self.inner_steps} inner steps each, Jacobian "
-                f"{self.jacobian}, preset {self.preset}; float32 retries: {retries}",
+                f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
+                f"float32 retries: {retries}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}, encoder {calls.get('encode', 0)}",
                 f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, decoder "
                 f"{_sum(seconds, 'decode'):.2f}, encoder {seconds.get('encode', 0):.2f}, rest {self.overhead:.1%}",
             ]
         )
+
+    def _steps(self) -> str:
+        if self.solver == "red-diff":
+            return "one step each"
+        return f"up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}"
 
 
 def _row(values: list[float], form: str = ".4f") -> str:

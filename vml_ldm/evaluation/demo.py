@@ -124,12 +124,17 @@ def stamp(plan: Plan, pipe: VMLInpaintPipeline) -> str:
     sources = [*package.rglob("*.py"), *Path(inspect.getfile(VMLInpaintPipeline)).parent.glob("*.py")]
     parts = {
         "checkpoint": _digest(path for path in Path(plan.model).rglob("*") if path.is_file()),
-        "source": _digest(path for path in sources if path.name not in ("cli.py", "sheet.py", "table.py")),
+        "source": _digest(path for path in sources if not _only_shows(path)),
         "versions": [vml_ldm.__version__, torch.__version__, diffusers.__version__, pipe.device.type],
         "settings": plan.common_arguments(),
         "perceptual": metrics.has_perceptual_weights(),
     }
     return json.dumps(parts, sort_keys=True)
+
+
+def _only_shows(path: Path) -> bool:
+    """Whether a source file has no say in the rows."""
+    return path.parent.name == "cli" or path.name in ("sheet.py", "table.py")
 
 
 def _digest(paths: Iterator[Path]) -> str:

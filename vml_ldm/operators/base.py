@@ -148,10 +148,14 @@ class Compose(LinearOperator):
         return last.count(y) if hasattr(last, "count") else count_values(y)
 
 
+class NoStartError(TypeError):
+    """An operator, or a part of one, knows no image to begin from."""
+
+
 def start_of(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """``operator.start(y)``, or a TypeError that says that the operator has none."""
+    """``operator.start(y)``, or a NoStartError that names the operator."""
     if not hasattr(operator, "start"):
-        raise TypeError(
+        raise NoStartError(
             f"{operator!r} has no start(y), an image (B, 3, H, W) in [0, 1] to begin from. "
             "Begin from noise, or pass an operator with this method."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .base import LinearOperator, Operator
+from .base import LinearOperator, NoStartError, Operator
 
 
 class Custom(Operator):
@@ -90,7 +90,7 @@ class _Physics(Operator):
 
     def start(self, y: Tensor) -> Tensor:
         if not hasattr(self.physics, "A_dagger"):
-            raise TypeError(f"{type(self.physics).__name__} has no A_dagger to begin from. Begin from noise.")
+            raise NoStartError(f"{type(self.physics).__name__} has no A_dagger to begin from. Begin from noise.")
         return self.physics.A_dagger(y).clamp(0, 1)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import count_values, squares, start_of
+from .base import NoStartError, column, count_values, expect, squares, start_of
+
+_PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
 
 
 class Measurement:
@@ -89,6 +91,47 @@ class Measurement:
             TypeError: the operator has none.
         """
         return start_of(self.operator, self.y)
+
+    @torch.no_grad()
+    def guess(self, size: tuple[int, int], *, steps: int = 20) -> Tensor:
+        """(B, 3, H, W) in [0, 1]: an image that agrees with y about as well as one can without a prior.
+
+        The operator's `start`; for an operator that has none, least squares from mid-grey: steps down |y - A(x)|^2,
+        each as long as the minimiser of the linearised residual, clamped to [0, 1], and taken by those images that
+        agree better for it; the others try half of it next. (What a mask saw is met in one step.)
+
+        Args:
+            size: (height, width) in pixels.
+            steps: how many, each of three calls of the operator and one backward pass through it.
+
+        Raises:
+            ValueError: the operator's start has another size.
+        """
+        try:
+            image = self.start()
+        except NoStartError:
+            image = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
+            share = torch.ones_like(self.sigma_y)
+            for _ in range(steps):
+                image, better = self._improve(image, share)
+                share = torch.where(better, (2 * share).clamp(max=1), share / 2)
+        expect(image, "the operator's start(y)", (len(self.y), 3, *size), "It is an image of the model's size.")
+        return image
+
+    def _improve(self, image: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The image after one step of `guess`, a share (B,) of its full length, and which images took it."""
+        with torch.enable_grad():
+            source = image.detach().requires_grad_()
+            residual = self.residual(source)
+            (d,) = torch.autograd.grad(residual, source, -residual.detach())  # A'^T (y - A(x))
+        residual = residual.detach()
+        tiny = torch.finfo(d.dtype).tiny
+        h = _PROBE * (d[0].numel() / squares(d).clamp(min=tiny)).sqrt()
+        change = residual - self.residual((image + column(h, d) * d).clamp(0, 1))  # about h A' d
+        length = h * (change.conj() * residual).real.flatten(1).sum(1) / squares(change).clamp(min=tiny)
+        ahead = (image + column(share * length, d) * d).clamp(0, 1)
+        better = squares(self.residual(ahead)) < squares(residual)  # never where a value is not finite
+        return torch.where(column(better, image), ahead, image), better
 
     def count(self) -> Tensor:
         """(B,): how many values were measured, so that ``E|n|^2 = count * sigma_y^2``."""

@@ -28,7 +28,7 @@ def check_scheduler(scheduler) -> None:
     if name not in SCHEDULERS:
         raise ValueError(
             f"the scheduler is {name}; expected one of {', '.join(SCHEDULERS)}. For example: "
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config). Or pass solver='none'."
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config). Or, to inpaint, pass solver='none'."
         )
     check_prediction(scheduler)
 

@@ -1,0 +1,147 @@
+"""The command line: ``vml-ldm inpaint``, ``restore`` and ``demo``. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import vml_ldm
+
+from . import demo, inpaint, restore
+from .files import UsageError
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+PRESETS = ("fast", "balanced", "best")
+SOLVERS = ("vml", "red-diff")
+TASKS = {
+    "sr4": "a picture a quarter as wide and high",
+    "sr8": "an eighth as wide and high",
+    "deblur": "a Gaussian blur",
+    "motion": "motion blur along a path drawn from a seed",
+    "kernel": "blur by a kernel that you have",
+    "jpeg": "JPEG compression",
+    "colorize": "no colours",
+    "hdr": "shadows and lights clipped",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 2 the user's error, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"vml-ldm {options.command}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"\nvml-ldm {options.command}: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vml-ldm",
+        description="Inpainting and restoration with latent diffusion models by variational mode-seeking.",
+    )
+    parser.add_argument("--version", action="version", version=f"vml-ldm {vml_ldm.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_inpaint(commands.add_parser("inpaint", help="repaint the white part of a mask in an image"))
+    _add_restore(commands.add_parser("restore", help="an image from a small, blurred, compressed, ... one"))
+    _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
+    return parser
+
+
+def _add_inpaint(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Repaint the white part of MASK in IMAGE. Pixels where the mask is black come back unchanged. "
+        "An image larger or smaller than what the model was trained on is solved at the model's size."
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path)
+    parser.add_argument("mask", metavar="MASK", type=Path, help="as large as IMAGE; white is repainted")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="file to write (PNG)")
+    _add_painting(parser)
+    parser.add_argument(
+        "--size", type=_positive, metavar="PIXELS", help="shorter side to solve at (default: the model's)"
+    )
+    parser.set_defaults(run=inpaint.run)
+
+
+def _add_restore(parser: argparse.ArgumentParser) -> None:
+    tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
+    parser.description = (
+        "Find an image whose damage by the task gives IMAGE, the measurement. One that is larger or smaller than what "
+        "the model was trained on is scaled, or where the damage is tied to its pixels (motion, kernel, jpeg), cropped."
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path)
+    parser.add_argument("--task", choices=tuple(TASKS), required=True, help=tasks)
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="file to write (PNG)")
+    parser.add_argument(
+        "--simulate", action="store_true", help="IMAGE is clean: damage it first, and write that to OUT-measured.png"
+    )
+    parser.add_argument(
+        "--noise", type=_not_negative, default=0.0, metavar="STD", help="of the measurement, in [0, 1] (default: 0)"
+    )
+    _add_painting(parser)
+    parser.add_argument("--solver", choices=SOLVERS, help="default: the pipeline's (vml)")
+    damage = parser.add_argument_group("the damage")
+    damage.add_argument("--mode", choices=("bicubic", "average"), help="of sr4 and sr8 (default: bicubic)")
+    damage.add_argument("--std", type=float, metavar="PIXELS", help="of deblur's Gaussian (default: 3)")
+    damage.add_argument("--length", type=float, metavar="PIXELS", help="of motion's path (default: 15)")
+    damage.add_argument("--intensity", type=float, help="of motion, 0 (straight) to 1 (shaking) (default: 0.5)")
+    damage.add_argument("--kernel-seed", type=int, metavar="SEED", help="of motion's path (default: 0)")
+    damage.add_argument("--kernel", type=Path, metavar="FILE", help="a picture of kernel's kernel, black around it")
+    damage.add_argument("--quality", type=int, help="that jpeg was saved with, 1 to 100 (default: 10)")
+    damage.add_argument("--contrast", type=float, help="of hdr, > 0 (default: 2)")
+    parser.set_defaults(run=restore.run)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Inpaint images that the bundled checkpoint was not trained on, with stock diffusers inpainting and "
+        "with ours: a sheet of pictures and a table. A run that was interrupted goes on where it was."
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("vml-ldm-demo"))
+    parser.add_argument("--full", action="store_true", help="32 images, four methods: the README's table")
+    parser.add_argument("--images", type=_positive, metavar="N", help="default: 4, with --full 32")
+    parser.add_argument("--masks", metavar="NAMES", help="comma-separated; default: all five")
+    parser.add_argument("--split", choices=("held-out", "validation"), default="held-out")
+    _add_shared(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
+    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
+    parser.set_defaults(run=demo.run)
+
+
+def _add_painting(parser: argparse.ArgumentParser) -> None:
+    """What the commands that write one image share."""
+    parser.add_argument("--prompt", default="", help="what to paint (default: nothing in particular)")
+    _add_shared(parser)
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--preset", choices=PRESETS, help="speed against quality (default: the pipeline's)")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        type=Path,
+        help="folder of a Stable Diffusion 1.x or 2.x checkpoint (default: the bundled one)",
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipeline's (50)")
+    parser.add_argument("--guidance", type=float, metavar="SCALE", help="default: the pipeline's (7.5)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a number >= 0")
+    return value

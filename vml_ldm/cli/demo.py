@@ -1,0 +1,66 @@
+"""``vml-ldm demo``: stock inpainting and ours on images kept from training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .files import UsageError, load, one_line, open_checkpoint
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the comparison and print its table."""
+    from vml_ldm.evaluation.rows import RowFile
+
+    try:
+        rows = RowFile(options.output)
+    except FileExistsError as error:
+        raise UsageError(one_line(error)) from error
+    model = open_checkpoint(options.model)
+    masks, count, split = _chosen(options)
+    pipe = load(model, "VMLInpaintPipeline")
+    from vml_ldm.evaluation import demo
+
+    plan = demo.Plan(
+        model=model,
+        methods=demo.FULL_METHODS if options.full else demo.SHORT_METHODS,
+        masks=masks,
+        images=count,
+        split=split,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch=options.batch,
+    )
+    try:
+        table = demo.run(plan, pipe, rows)
+    except KeyboardInterrupt:
+        print(f"\nThe rows so far are kept in {options.output}; the same command goes on from there.", file=sys.stderr)
+        raise
+    print(f"\n{table}\n{_peak_memory()}\nTable, rows and pictures are in {options.output}.")
+    return 0
+
+
+def _chosen(options: argparse.Namespace) -> tuple[tuple[str, ...], int, str]:
+    """Masks, number of images and split of a comparison, checked."""
+    from vml_ldm.assets import example_images
+    from vml_ldm.evaluation.tasks import MASKS
+
+    masks = tuple(options.masks.split(",")) if options.masks else MASKS
+    if unknown := [mask for mask in masks if mask not in MASKS]:
+        raise UsageError(f"no mask is called {unknown[0]!r}; expected some of {','.join(MASKS)}.")
+    split = options.split.replace("-", "_")
+    count, most = options.images or (32 if options.full else 4), len(example_images(split))
+    if count > most:
+        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
+    return masks, count, split
+
+
+def _peak_memory() -> str:
+    """The most memory this process has held, as a sentence; empty where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB."

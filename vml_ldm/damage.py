@@ -1,0 +1,81 @@
+"""What ``vml-ldm restore`` undoes, by name: how a picture became the measurement at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from .operators import HDR, JPEG, Blur, Downsample, GaussianBlur, Grayscale, MotionBlur, Operator
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An operator whose y is a picture.
+
+    Args:
+        make: scale -> the operator of the same damage on pictures that were made so many times larger.
+        factor: sides of the image over those of y.
+        channels: of y, 1 or 3.
+        scales: y may be scaled before it is solved. False: the damage is tied to the pixels where it was done.
+
+    Raises:
+        ValueError: a parameter that the operator refuses.
+    """
+
+    make: Callable[[float], Operator]
+    factor: int = 1
+    channels: int = 3
+    scales: bool = True
+
+    def __post_init__(self):
+        self.make(1.0)
+
+
+def shrunk(factor: int, *, mode: str = "bicubic") -> Damage:
+    """Lower resolution, by "bicubic" (as most programs shrink) or "average"."""
+    return Damage(lambda scale: Downsample(factor, mode), factor=factor)
+
+
+def blurred(*, std: float = 3.0) -> Damage:
+    """A Gaussian blur of so many pixels."""
+    return Damage(lambda scale: GaussianBlur(std * scale))
+
+
+def shaken(*, length: float = 15.0, intensity: float = 0.5, kernel_seed: int = 0) -> Damage:
+    """Motion blur along a path drawn from a seed."""
+    return Damage(lambda scale: MotionBlur(length, intensity, seed=kernel_seed), scales=False)
+
+
+def convolved(*, kernel: Tensor) -> Damage:
+    """Blur by a kernel (h, w), which is brought to sum one."""
+    return Damage(lambda scale: Blur(kernel / kernel.sum()), scales=False)
+
+
+def compressed(*, quality: int = 10) -> Damage:
+    """JPEG compression."""
+    return Damage(lambda scale: JPEG(quality), scales=False)
+
+
+def discoloured() -> Damage:
+    """No colours."""
+    return Damage(lambda scale: Grayscale(), channels=1)
+
+
+def clipped(*, contrast: float = 2.0) -> Damage:
+    """Contrast beyond the range, about mid-grey: shadows and lights are lost."""
+    return Damage(lambda scale: HDR(contrast))
+
+
+TASKS: dict[str, Callable[..., Damage]] = {
+    "sr4": partial(shrunk, 4),
+    "sr8": partial(shrunk, 8),
+    "deblur": blurred,
+    "motion": shaken,
+    "kernel": convolved,
+    "jpeg": compressed,
+    "colorize": discoloured,
+    "hdr": clipped,
+}
