@@ -44,7 +44,14 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_version_and_help_load_nothing_heavy(tmp_path: Path) -> None:
-    for arguments in (["--version"], ["--help"], ["inpaint", "--help"], ["restore", "--help"], ["demo", "--help"]):
+    for arguments in (
+        ["--version"],
+        ["--help"],
+        ["inpaint", "--help"],
+        ["restore", "--help"],
+        ["demo", "--help"],
+        ["benchmark", "--help"],
+    ):
         code = (
             "import sys\nfrom vml_ldm.cli import main\n"
             f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
@@ -153,6 +160,52 @@ def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path, capsys) -> None
     (tmp_path / "thesis.txt").write_text("mine")
     assert "not from this command" in refused(["demo", "-o", str(tmp_path)], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--tasks", "sr4,sr5"], "no task is called 'sr5'; expected some of sr4,sr8"),
+        (["--methods", "dps"], "no method is called 'dps'; expected some of vml,vml-free"),
+        (["--images", "5000"], "5000 images came with --images; expected at most"),
+        (["--tune", "--split", "held-out"], "it tries a grid, on validation images only"),
+        (["--tune", "--methods", "vml"], "it tries a grid, on validation images only"),
+        (["--model", "none"], "none is no folder"),
+    ],
+)
+def test_benchmark_refuses(tmp_path: Path, capsys, monkeypatch, more: list[str], complaint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert complaint in refused(["benchmark", *more], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [["--part", "3/2"], ["--part", "2"], ["--noise", "0.1,-1"], ["--noise", "low"]])
+def test_benchmark_refuses_what_cannot_be_read(more: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["benchmark", *more])
+    assert stop.value.code == 2
+
+
+def test_benchmark_in_parts_then_whole(model, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "parts"
+    common = ["benchmark", "--short", "--tasks", "sr4", "--methods", "vml,bicubic", "--model", model, "--steps", "4"]
+    for part in ("1/2", "2/2"):
+        assert main([*common, "-o", str(folder), "--part", part]) == 0
+    assert {path.name for path in folder.glob("*.*")} == {
+        *("rows-1of2.csv", "rows-2of2.csv", "table-1of2.md", "table-2of2.md")
+    }
+    capsys.readouterr()
+    assert main([*common, "-o", str(folder), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 held-out images at 64 x 64" in printed and "| sr4  | 0.05    | 2 " in printed
+    assert (folder / "sheet-sr4.png").is_file() and (folder / "table.md").is_file()
+
+
+def test_benchmark_s_search_is_on_validation_images(model, tmp_path: Path, capsys) -> None:
+    arguments = ["--tune", "--tasks", "hdr", "--noise", "0", "--images", "1", "--model", model, "--steps", "2"]
+    assert main(["benchmark", *arguments, "-o", str(tmp_path / "tuning")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 validation images" in printed and '("hdr", 0.0): RedDiff(lambda_=' in printed
 
 
 def test_interrupt_has_its_own_status(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vml_ldm.assets import bundled_model
 from vml_ldm.evaluation import demo
-from vml_ldm.evaluation.demo import FAST, STOCK, Comparison, Plan, load_cases, run
+from vml_ldm.evaluation.comparison import load_cases
+from vml_ldm.evaluation.demo import FAST, STOCK, Comparison, Plan, run
 from vml_ldm.evaluation.metrics import mean_and_interval
 from vml_ldm.evaluation.rows import Row, RowFile
 from vml_ldm.evaluation.sheet import draw_sheet

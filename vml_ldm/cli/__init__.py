@@ -1,4 +1,4 @@
-"""The command line: ``vml-ldm inpaint``, ``restore`` and ``demo``. Heavy imports happen inside the commands."""
+"""The command line: ``vml-ldm inpaint``, ``restore``, ``demo``, ``benchmark``. Heavy imports are inside functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vml_ldm
 
-from . import demo, inpaint, restore
+from . import benchmark, demo, inpaint, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inpaint(commands.add_parser("inpaint", help="repaint the white part of a mask in an image"))
     _add_restore(commands.add_parser("restore", help="an image from a small, blurred, compressed, ... one"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
+    _add_benchmark(commands.add_parser("benchmark", help="compare restoration with RED-diff and naive answers"))
     return parser
 
 
@@ -111,6 +112,34 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
     parser.set_defaults(run=demo.run)
+
+
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Restore images that the bundled checkpoint was not trained on, by VML, RED-diff and naive answers, from many "
+        "measurements: rows, a table and sheets of pictures. A run that was interrupted goes on where it was."
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="default: vml-ldm-benchmark, with --tune vml-ldm-tuning"
+    )
+    parser.add_argument("--short", action="store_true", help="2 images, 3 tasks, one noise: minutes on a CPU")
+    parser.add_argument("--images", type=_positive, metavar="N", help="default: 24, with --tune 4")
+    parser.add_argument("--tasks", metavar="NAMES", help="comma-separated; default: all eleven")
+    parser.add_argument("--noise", type=benchmark.noises, metavar="STDS", help="default: 0,0.01,0.05")
+    parser.add_argument(
+        "--methods", metavar="NAMES", help="comma-separated, others are compared to the first; default: all"
+    )
+    parser.add_argument("--split", choices=("held-out", "validation"), help="default: held-out, with --tune validation")
+    parser.add_argument("--tune", action="store_true", help="look for RED-diff's best lambda and lr for each task")
+    parser.add_argument(
+        "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
+    )
+    parser.add_argument("--table", action="store_true", help="only make table and sheets of the rows that are there")
+    parser.add_argument("--bfloat16", action="store_true", help="networks in half precision")
+    _add_shared(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
+    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
+    parser.set_defaults(run=benchmark.run)
 
 
 def _add_painting(parser: argparse.ArgumentParser) -> None:

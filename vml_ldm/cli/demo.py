@@ -5,17 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .files import UsageError, load, one_line, open_checkpoint
+from .files import UsageError, load, open_checkpoint, open_rows, peak_memory
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the comparison and print its table."""
-    from vml_ldm.evaluation.rows import RowFile
-
-    try:
-        rows = RowFile(options.output)
-    except FileExistsError as error:
-        raise UsageError(one_line(error)) from error
+    rows = open_rows(options.output)
     model = open_checkpoint(options.model)
     masks, count, split = _chosen(options)
     pipe = load(model, "VMLInpaintPipeline")
@@ -37,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nThe rows so far are kept in {options.output}; the same command goes on from there.", file=sys.stderr)
         raise
-    print(f"\n{table}\n{_peak_memory()}\nTable, rows and pictures are in {options.output}.")
+    print(f"\n{table}\n{peak_memory()}\nTable, rows and pictures are in {options.output}.")
     return 0
 
 
@@ -54,13 +49,3 @@ def _chosen(options: argparse.Namespace) -> tuple[tuple[str, ...], int, str]:
     if count > most:
         raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
     return masks, count, split
-
-
-def _peak_memory() -> str:
-    """The most memory this process has held, as a sentence; empty where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB."

@@ -1,8 +1,9 @@
-"""What the commands share: files in and out, checkpoints, and errors that the user can put right."""
+"""What the commands share: files in and out, checkpoints, memory, and errors that the user can put right."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,16 @@ def lossy_note(path: Path) -> str:
     return f" ({path.suffix} may lose detail; save as .png to keep the known pixels exactly)"
 
 
+def open_rows(folder: Path, **layout):
+    """A comparison's `RowFile`; `layout` is its kind of row and its part."""
+    from vml_ldm.evaluation.rows import RowFile
+
+    try:
+        return RowFile(folder, **layout)
+    except FileExistsError as error:
+        raise UsageError(one_line(error)) from error
+
+
 def open_checkpoint(folder: Path | None) -> str:
     """The folder of a checkpoint, the bundled one for None."""
     if folder is None:
@@ -67,7 +78,7 @@ def open_checkpoint(folder: Path | None) -> str:
 
 def load(model: str, pipeline: str):
     """A pipeline of ours, by its public name, of a checkpoint; on the GPU if there is one."""
-    _quiet()
+    quiet()
     import torch
 
     kind = getattr(vml_ldm, pipeline)
@@ -78,7 +89,7 @@ def load(model: str, pipeline: str):
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep the libraries' advice and loading bars off the terminal; their errors still show."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -91,3 +102,13 @@ def _quiet() -> None:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def peak_memory() -> str:
+    """The most memory this process has held, as a sentence; empty where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB."

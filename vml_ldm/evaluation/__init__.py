@@ -1,1 +1,1 @@
-"""Measuring restored images: masks to try (tasks), figures (metrics) and the comparison (demo)."""
+"""Measuring restored images: masks and problems to try, figures (metrics), and comparisons (demo, benchmark)."""

@@ -1,4 +1,4 @@
-"""Measured rows in a CSV file that grows batch by batch and is read again by a later run."""
+"""Measured rows in CSV files that grow batch by batch and are read again by a later run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import csv
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Generic, TypeVar
 
-Key = tuple[str, str, str, int, str]
+R = TypeVar("R")
+_READERS = {"str": str, "int": int, "float": float, "float | None": lambda cell: float(cell) if cell else None}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one image under one mask.
+    """One method on one image under one mask: a row of the demo.
 
     The first five fields say what was run (``fingerprint`` stands for checkpoint, code and settings). Then:
     PSNR of the unknown pixels (dB), EfficientNet-Lite0 distance of the pasted image (None without its weights),
@@ -32,65 +34,70 @@ class Row:
     seconds: float
     outside: float | None
 
-    @property
-    def key(self) -> Key:
-        return self.image, self.mask, self.method, self.seed, self.fingerprint
+
+def key_of(row) -> tuple:
+    """The fields of a row that say what was run: those up to ``fingerprint``."""
+    names = [field.name for field in fields(row)]
+    return astuple(row)[: names.index("fingerprint") + 1]
 
 
-HEADER = [field.name for field in fields(Row)]
+class RowFile(Generic[R]):
+    """``rows.csv`` in a folder that belongs to the comparison, and the files of its parts beside it.
 
-
-class RowFile:
-    """``rows.csv`` in a folder that belongs to the comparison.
+    Args:
+        folder: new, empty, or one that a comparison wrote.
+        kind: dataclass of the rows; its fields are annotated ``str``, ``int``, ``float`` or ``float | None``.
+        part: name of the part of the work that is done here, "" for all of it. A part appends to ``rows-PART.csv``;
+            every ``rows*.csv`` is read.
 
     Attributes:
-        folder, path: the folder and the file in it.
-        by_key: the rows read and appended, the last one of each key.
+        folder, path: the folder, and the file in it that is appended to.
+        by_key: the rows read and appended, the last one of each key (see `key_of`).
 
     Raises:
-        FileExistsError: the folder holds other files but no ``rows.csv`` of this layout.
+        FileExistsError: the folder holds other files but no rows, or rows of another layout.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = Path(folder), Path(folder) / "rows.csv"
+    def __init__(self, folder: Path, kind: type[R] = Row, part: str = "") -> None:
+        self.folder, self.kind, self.part = Path(folder), kind, part
+        self.path = self.folder / (f"rows-{part}.csv" if part else "rows.csv")
+        self.header = [field.name for field in fields(kind)]
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{folder} is a file; expected a folder. Pass another one with -o.")
-        if not self.path.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+        files = sorted(self.folder.glob("rows*.csv"))
+        if not files and self.folder.is_dir() and any(self.folder.iterdir()):
             raise FileExistsError(
                 f"{folder} has files that are not from this command; expected a new or empty folder, "
                 "or one that it wrote. Pass another one with -o."
             )
-        self.by_key: dict[Key, Row] = {row.key: row for row in self._read()}
+        self.by_key: dict[tuple, R] = {key_of(row): row for file in files for row in self._read(file)}
 
-    def _read(self) -> list[Row]:
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
+    def _read(self, path: Path) -> list[R]:
+        """Rows of one file; files that were joined may have their headers in between."""
+        with path.open(newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
             header = next(lines, None)
-            if header != HEADER:
+            if header != self.header:
                 raise FileExistsError(
-                    f"{self.path} starts with {header}; expected {HEADER}. It is from another version or another "
+                    f"{path} starts with {header}; expected {self.header}. It is from another version or another "
                     "program: move it away or pass another folder with -o."
                 )
-            return [_parse(cells) for cells in lines if len(cells) == len(HEADER)]
+            return [self._parse(cells) for cells in lines if len(cells) == len(header) and cells != header]
+
+    def _parse(self, cells: list[str]) -> R:
+        return self.kind(*(_READERS[f.type](cell) for f, cell in zip(fields(self.kind), cells, strict=True)))
 
     def start(self) -> None:
         """Make the folder and the file, if they are not there; from then on the folder is known as ours."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.path.is_file():
             with self.path.open("x", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow(HEADER)
+                csv.writer(file).writerow(self.header)
 
-    def append(self, rows: Sequence[Row]) -> None:
+    def append(self, rows: Sequence[R]) -> None:
         """Add rows to the file, at once and on disk."""
         self.start()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             lines.writerows(["" if value is None else value for value in astuple(row)] for row in rows)
-        self.by_key.update({row.key: row for row in rows})
-
-
-def _parse(cells: list[str]) -> Row:
-    texts, seed, fingerprint, numbers = cells[:3], int(cells[3]), cells[4], cells[5:]
-    return Row(*texts, seed, fingerprint, *(float(cell) if cell else None for cell in numbers))
+        self.by_key.update({key_of(row): row for row in rows})

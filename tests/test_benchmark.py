@@ -1,0 +1,343 @@
+"""The comparison of restoration: its problems, its methods, that it goes on, its table, on tiny random networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Generator, Tensor
+
+from vml_ldm import RedDiff
+from vml_ldm.evaluation import methods, tuning
+from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
+from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, verdicts
+from vml_ldm.evaluation.comparison import Case
+from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA
+from vml_ldm.evaluation.metrics import mean_and_interval, psnr
+from vml_ldm.evaluation.problems import LINEAR, TASKS, make_operator, pose, turn_if_nearer
+from vml_ldm.evaluation.rows import RowFile
+from vml_ldm.evaluation.table import Group
+from vml_ldm.images import from_pil, load_image
+from vml_ldm.pipelines._common import PRESETS
+from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+
+SIZE = 64
+SEEDS = [3, 7]
+SHAPES = {"sr4": (3, 16, 16), "sr8": (3, 8, 8), "colorize": (1, 64, 64), "phase": (3, 128, 128)}
+
+
+def truth() -> Tensor:
+    """Two smooth images, (2, 3, 64, 64) in [0.2, 0.8]."""
+    coarse = torch.rand(2, 3, 5, 5, generator=Generator().manual_seed(0))
+    return 0.2 + 0.6 * torch.nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic").clamp(0, 1)
+
+
+def cases() -> list[Case]:
+    return [Case(f"image-{seed}", "a picture", seed, image) for seed, image in zip(SEEDS, truth(), strict=True)]
+
+
+# problems
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_show_images_in_their_shape(task: str) -> None:
+    operator = make_operator(task, SIZE, SEEDS)
+    y = operator(truth())
+    assert y.shape == (2, *SHAPES.get(task, (3, SIZE, SIZE))) and y.isfinite().all()
+    assert operator.linear == (task in LINEAR)
+    alone = make_operator(task, SIZE, SEEDS[1:])(truth()[1:])
+    torch.testing.assert_close(y[1:], alone)
+
+
+def test_what_is_drawn_is_drawn_from_the_image_s_seed() -> None:
+    for task in TASKS:
+        one, other = (make_operator(task, SIZE, [seed])(truth()[:1]) for seed in SEEDS)
+        assert torch.equal(one, other) != (task in ("motion", "random"))
+    with pytest.raises(ValueError, match="task is 'sr5'; expected one of sr4"):
+        make_operator("sr5", SIZE, [0])
+
+
+def test_noise_is_of_the_size_asked_for_and_of_the_seed() -> None:
+    clean, small, large = (pose("deblur", sigma_y, cases(), truth()).y for sigma_y in (0.0, 0.01, 0.05))
+    torch.testing.assert_close(large - clean, 5 * (small - clean), atol=1e-6, rtol=0)
+    assert (large - clean).std().item() == pytest.approx(0.05, rel=0.02)
+    torch.testing.assert_close(pose("deblur", 0.05, cases()[1:], truth()[1:]).y, large[1:])
+    start = torch.randn(16, generator=Generator().manual_seed(SEEDS[0]))  # what a solver begins with
+    assert not torch.allclose((large - clean)[0].flatten()[:16], 0.05 * start, atol=1e-3)
+
+
+def test_missing_pixels_have_no_noise() -> None:
+    problem = pose("random", 0.05, cases(), truth())
+    assert not problem.y[(problem.operator.mask == 0).expand_as(problem.y)].any()
+    torch.testing.assert_close(problem.residual(truth()), torch.full((2,), 0.05), atol=0.003, rtol=0)
+
+
+def test_the_vae_s_error_is_that_of_the_truth_as_seen() -> None:
+    problem = pose("half", 0.03, cases(), truth() + 0.04)
+    torch.testing.assert_close(problem.vae_error, torch.full((2,), 0.04))
+    torch.testing.assert_close(problem.expected, torch.full((2,), 0.05))
+
+
+def test_a_turned_image_counts_as_it_is_nearer() -> None:
+    images = truth()
+    turned = torch.cat([images[:1].flip(2, 3), images[1:]])
+    assert torch.equal(turn_if_nearer(turned, images), images)
+
+
+# methods
+
+
+def answer(method, task: str, sigma_y: float = 0.0):
+    return method.answer(pose(task, sigma_y, cases(), truth() + 0.02), None, {})
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "phase"])
+def test_the_start_is_an_image_that_agrees_without_noise(task: str) -> None:
+    image, residual = answer(START, task)
+    assert image.shape == (2, 3, SIZE, SIZE) and image.min() >= 0 and image.max() <= 1
+    assert residual.max() < 0.03
+
+
+def test_naive_answers_are_near_smooth_images() -> None:
+    for task in ("sr4", "sr8"):
+        assert psnr(answer(BICUBIC, task).image, truth()).min() > 25
+    torch.testing.assert_close(answer(CEILING, "sr4").image, truth() + 0.02)
+    torch.testing.assert_close(answer(CEILING, "sr4").residual, torch.full((2,), 0.02), atol=1e-5, rtol=0)
+
+
+def test_methods_refuse_tasks_that_are_not_theirs() -> None:
+    with pytest.raises(TypeError, match="expected Downsample"):
+        answer(BICUBIC, "deblur")
+
+
+def test_telea_fills_holes_from_their_border_and_keeps_the_rest() -> None:
+    pytest.importorskip("cv2")
+    problem = pose("random", 0.01, cases(), truth())
+    image, _ = answer(TELEA, "random", 0.01)
+    known = (problem.operator.mask > 0).expand_as(image)
+    assert torch.equal(image[known], problem.y[known])
+    assert psnr(image, truth()).min() > 25
+    with pytest.raises(TypeError, match="expected Mask"):
+        answer(TELEA, "deblur")
+
+
+def test_a_method_without_its_library_is_known_to_be_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    assert [method.name for method in METHODS if not methods.is_installed(method)] == ["telea"]
+
+
+def test_what_is_called_vml_is_the_pipeline_s_default() -> None:
+    assert EXACT.settings(("sr4", 0.0)) == {"jacobian": PRESETS["balanced"].jacobian}
+    assert len({method.name for method in METHODS}) == len(METHODS)
+
+
+# RED-diff's settings
+
+
+def test_tuned_settings_are_those_of_the_nearest_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, loud = RedDiff(lr=0.2), RedDiff(lr=0.5)
+    monkeypatch.setattr(tuning, "TUNED", {("sr4", 0.0): quiet, ("sr4", 0.05): loud})
+    assert [tuning.tuned("sr4", sigma_y) for sigma_y in (0.0, 0.02, 0.04, 1.0)] == [quiet, quiet, loud, loud]
+    assert tuning.tuned("sr8", 0.0) == RedDiff()
+
+
+def test_the_grid_begins_with_the_authors_and_repeats_nothing() -> None:
+    assert tuning.GRID[0] == RedDiff() and len(tuning.GRID) == len(tuning.LAMBDAS) * len(tuning.LRS)
+    assert len({method.name for method in methods.grid()}) == len(tuning.GRID)
+
+
+def test_the_best_settings_are_told_as_python() -> None:
+    red = RedDiff(lambda_=1.0, lr=0.5)
+    rows = {tuning.name_of(RedDiff()): [row(psnr=20.0)], tuning.name_of(red): [row(psnr=22.0)]}
+    (_, line) = tuning.best_settings([Group(("sr4", "0.05", "1"), rows)]).splitlines()
+    assert line.startswith('    ("sr4", 0.05): RedDiff(lambda_=1.0, lr=0.5),  # 22.00 dB, authors\' 20.00 dB')
+    assert line.endswith("at the grid's edge")
+    assert eval(f"{{{line}\n}}", {"RedDiff": RedDiff}) == {("sr4", 0.05): red}
+
+
+# a run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pipe(model: str) -> VMLRestorePipeline:
+    return VMLRestorePipeline.from_pretrained(model, safety_checker=None)
+
+
+@pytest.fixture(scope="module")
+def plan(model: str) -> Plan:
+    tried = (EXACT, RED_TUNED, START, BICUBIC, CEILING)
+    return Plan(model, images=2, methods=tried, tasks=("sr4", "phase"), noises=(0.05,), steps=4, batch=1)
+
+
+@pytest.fixture(scope="module")
+def finished(pipe, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the table of a small comparison."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    return folder, run(plan, pipe, rows_in(folder))
+
+
+def rows_in(folder: Path, part: str = "") -> RowFile[BenchmarkRow]:
+    return RowFile(folder, BenchmarkRow, part)
+
+
+def test_files_and_table(finished: tuple[Path, str]) -> None:
+    folder, table = finished
+    expected = {"rows.csv", "results", "sheet-phase.png", "sheet-sr4.png", "table.md"}
+    assert {path.name for path in folder.iterdir()} == expected
+    assert (folder / "table.md").read_text(encoding="utf-8").strip() == table
+    assert len([line for line in table.splitlines() if line.startswith(("| sr4", "| phase"))]) == 9  # bicubic: sr4 only
+    assert len(list(folder.glob("results/*/*/*.png"))) == 18
+
+
+def test_rows_are_the_metrics_of_the_results(finished, pipe, plan: Plan) -> None:
+    benchmark = Benchmark(plan, pipe, rows_in(finished[0]))
+    for place, method in benchmark.jobs():
+        for case, found in zip(benchmark.cases, benchmark.rows_of(method, place, benchmark.cases), strict=True):
+            result = from_pil(load_image(benchmark.result_file(method, place, case)))
+            assert psnr(result, case.truth[None]).item() == pytest.approx(found.psnr, abs=0.05)
+            assert found.seconds >= 0 and found.residual > 0
+            if method is CEILING:
+                assert found.ratio == pytest.approx(1, abs=0.1)
+
+
+def test_images_come_batch_by_batch_through_every_task(finished, plan: Plan) -> None:
+    found = list(rows_in(finished[0]).by_key.values())
+    assert len({row.image for row in found[:9]}) == 1 and {row.task for row in found[:9]} == set(plan.tasks)
+
+
+def test_second_run_does_nothing_again_nor_does_one_from_joined_files(
+    finished, pipe, plan: Plan, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder, table = finished
+    text = (folder / "rows.csv").read_bytes()
+    (tmp_path / "rows-joined.csv").write_bytes(text + text)
+    monkeypatch.setattr(Benchmark, "measure", None)
+    for kept in (folder, tmp_path):
+        assert run(plan, pipe, rows_in(kept)) == table
+    assert (folder / "rows.csv").read_bytes() == text
+    said = capsys.readouterr().out
+    assert said.count("18 of 18 results stand in") == 2 and said.count("No sheet of") == 2
+
+
+def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Plan, tmp_path, monkeypatch) -> None:
+    folder, measure, calls = tmp_path / "new", Benchmark.measure, []
+
+    def interrupted(self, method, place, cases):
+        calls.append((method.name, place))
+        if len(calls) == 7:  # sr4 is done on the first image
+            raise KeyboardInterrupt
+        return measure(self, method, place, cases)
+
+    monkeypatch.setattr(Benchmark, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, pipe, rows_in(folder))
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert "| sr4" in table and "| phase" not in table
+    run(plan, pipe, rows_in(folder))
+    assert calls[6] == calls[7] and len(calls) == 19
+    first, again = (rows_in(path).by_key for path in (finished[0], folder))
+    assert {key: row.psnr for key, row in first.items()} == {key: row.psnr for key, row in again.items()}
+
+
+def test_parts_share_a_folder_and_the_work(finished, pipe, plan: Plan, tmp_path: Path) -> None:
+    quick = dataclasses.replace(plan, methods=(START, BICUBIC), tasks=("sr4",))
+    for part in (1, 2):
+        run(dataclasses.replace(quick, part=(part, 2)), pipe, rows_in(tmp_path, f"{part}of2"))
+    benchmark = Benchmark(quick, pipe, rows_in(tmp_path))
+    assert all(benchmark.is_done(method, place, case) for place, method in benchmark.jobs() for case in benchmark.cases)
+    assert {path.name for path in tmp_path.glob("rows*")} == {"rows-1of2.csv", "rows-2of2.csv"}
+    assert "| 2 " in run(quick, pipe, rows_in(tmp_path), solve=False)
+
+
+def test_only_what_changes_a_row_changes_its_fingerprint(pipe, plan: Plan, tmp_path: Path, monkeypatch) -> None:
+    rows, place = rows_in(tmp_path), Place("sr4", 0.05)
+
+    def names(**changes) -> list[str]:
+        benchmark = Benchmark(dataclasses.replace(plan, **changes), pipe, rows)
+        return [benchmark.fingerprint(method, place) for method in (EXACT, FREE, RED, RED_TUNED)]
+
+    before = names()
+    assert len(set(before)) == 4
+    assert names(images=1, batch=3, noises=(0.0,)) == before
+    assert not set(names(steps=5)) & set(before) and not set(names(guidance=2.0)) & set(before)
+    monkeypatch.setattr(tuning, "TUNED", {("sr4", 0.05): RedDiff(lr=0.5)})
+    assert names()[:3] == before[:3] and names()[3] != before[3]
+    monkeypatch.undo()
+    half = VMLRestorePipeline(**pipe.components, requires_safety_checker=False)
+    half.unet = tiny.unet().bfloat16()
+    assert Benchmark(plan, half, rows).fingerprint(EXACT, place) != before[0]
+
+
+def test_no_method_sees_the_truth_in_a_hole(pipe, plan: Plan) -> None:
+    blind = [dataclasses.replace(case, truth=case.truth * (torch.arange(SIZE) < SIZE // 2)) for case in cases()]
+    for method in (EXACT, RED, START, *([TELEA] if methods.is_installed(TELEA) else [])):
+        problems = [pose("half", 0.05, some, truth()) for some in (cases(), blind)]
+        seen, unseen = (method.answer(problem, pipe, {"num_inference_steps": 4}).image for problem in problems)
+        assert torch.equal(seen, unseen)
+
+
+def test_tuning_is_on_validation_images_only(pipe, plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tuning came with split 'held_out'"):
+        run(dataclasses.replace(plan, tuning=True), pipe, rows_in(tmp_path / "new"))
+
+
+# rows and table
+
+
+def row(**changes) -> BenchmarkRow:
+    values = ["a", "sr4", 0.05, "vml", 0, "f0", 20.0, 0.8, None, 0.06, 0.04, 1.5]
+    return dataclasses.replace(BenchmarkRow(*values), **changes)
+
+
+def group(gain: float, *, task: str = "sr4", images: int = 8, nearer: float | None = None) -> Group:
+    """A rival whose PSNR is that much below vml's, give or take 0.1, and whose distance is that much larger."""
+    ours = [row(task=task, image=str(i), psnr=20.0 + i) for i in range(images)]
+    theirs = [row(task=task, image=str(i), psnr=20.0 + i - gain + 0.1 * (-1) ** i) for i in range(images)]
+    if nearer is not None:
+        ours = [dataclasses.replace(r, perceptual=0.3) for r in ours]
+        theirs = [dataclasses.replace(r, perceptual=0.3 + nearer) for r in theirs]
+    return Group((task, "0.05", str(images)), {"vml": ours, "red-diff": theirs})
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [row(), row(image="b, c", perceptual=0.25), row(sigma_y=0.0)]
+    rows_in(tmp_path).append(rows)
+    assert list(rows_in(tmp_path).by_key.values()) == rows
+    assert row(residual=0.1, sigma_y=0.03, vae_error=0.04).ratio == pytest.approx(2)
+    with pytest.raises(FileExistsError, match="another version or another program"):
+        RowFile(tmp_path)
+
+
+def test_table_has_means_and_paired_intervals() -> None:
+    table = benchmark_table([group(1.0)])
+    interval = mean_and_interval(torch.tensor([-1 + 0.1 * (-1) ** i for i in range(8)]))
+    assert f"22.50 ({interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}])" in table
+    assert interval.low == pytest.approx(-1 - 2.3646 * 0.1 / 7**0.5, rel=1e-3)  # Student's t, 7 degrees of freedom
+    assert "| 0.0600   | 0.94" in table and "EfficientNet-Lite0 distance is left out" in table
+    assert "[" not in benchmark_table([group(1.0, images=7)]).splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    ("gain", "nearer", "ahead"),
+    [(1.0, None, True), (0.0, None, False), (-1.0, None, False), (-1.0, 0.1, True), (0.0, -0.1, False)],
+)
+def test_ahead_is_by_psnr_or_distance(gain: float, nearer: float | None, ahead: bool) -> None:
+    assert is_ahead(group(gain, nearer=nearer), "vml", "red-diff") == ahead
+
+
+def test_verdicts_name_linear_tasks_and_who_is_not_behind() -> None:
+    far, near, few = group(1.0), group(0.0, task="half"), group(1.0, task="box", images=7)
+    far.rows["vae-round-trip"] = [dataclasses.replace(r, psnr=90.0) for r in far.rows["vml"]]  # no rival
+    lines = verdicts([far, near, few, group(1.0, task="jpeg")]).splitlines()
+    assert lines[0] == "- sr4: vml is ahead of all others. Residual / expected 0.94 at sigma_y = 0.05."
+    assert lines[1].startswith("- box: fewer than 8 images")
+    assert lines[2].startswith("- half: vml is not ahead of red-diff at sigma_y = 0.05.")
+    assert len(lines) == 3

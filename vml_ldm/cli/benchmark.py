@@ -1,0 +1,101 @@
+"""``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .files import UsageError, load, open_checkpoint, open_rows, peak_memory, quiet
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the comparison, or the search for RED-diff's settings, and print the table."""
+    quiet()
+    from vml_ldm.evaluation import benchmark
+
+    part, count = options.part
+    name = f"{part}of{count}" if count > 1 else ""
+    rows = open_rows(_folder(options), kind=benchmark.BenchmarkRow, part=name)
+    model, chosen = open_checkpoint(options.model), _chosen(options)
+    pipe = load(model, "VMLRestorePipeline")
+    if options.bfloat16:
+        pipe.to(_bfloat16())
+    plan = benchmark.Plan(
+        model=model,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch=options.batch,
+        part=options.part,
+        tuning=options.tune,
+        **chosen,
+    )
+    try:
+        table = benchmark.run(plan, pipe, rows, solve=not options.table)
+    except KeyboardInterrupt:
+        print(f"\nRows and table so far are in {rows.folder}; the same command goes on from there.", file=sys.stderr)
+        raise
+    print(f"\n{table}\n{peak_memory()}\nTable, rows and pictures are in {rows.folder}.")
+    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return options.output or Path("vml-ldm-tuning" if options.tune else "vml-ldm-benchmark")
+
+
+def _bfloat16():
+    import torch
+
+    return torch.bfloat16
+
+
+def _chosen(options: argparse.Namespace) -> dict:
+    """Images, split, tasks, noises and methods, checked; what was not asked for is left to the plan."""
+    from vml_ldm.assets import example_images
+    from vml_ldm.evaluation import benchmark, methods
+    from vml_ldm.evaluation.problems import TASKS
+
+    if options.tune and (options.methods or options.split == "held-out"):
+        raise UsageError("--tune came with --methods or --split held-out; it tries a grid, on validation images only.")
+    split = (options.split or ("validation" if options.tune else "held-out")).replace("-", "_")
+    chosen = {"images": 4} if options.tune else {}
+    chosen |= benchmark.SHORT if options.short else {}
+    asked = {"images": options.images, "noises": options.noise, "tasks": _named(options.tasks, TASKS, "task")}
+    chosen |= {name: value for name, value in asked.items() if value is not None}
+    if (count := chosen.get("images", 0)) > (most := len(example_images(split))):
+        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
+    if options.tune:
+        return {**chosen, "split": split, "methods": methods.grid()}
+    known = {method.name: method for method in methods.METHODS}
+    wanted = [known[name] for name in _named(options.methods, tuple(known), "method") or known]
+    for method in (method for method in wanted if not methods.is_installed(method)):
+        print(f'{method.name} is left out, {method.module} is not installed: pip install "vml-ldm[eval]" adds it.')
+    return {**chosen, "split": split, "methods": tuple(filter(methods.is_installed, wanted))}
+
+
+def _named(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...] | None:
+    """Comma-separated names, each a known one; None for none."""
+    names = tuple(text.split(",")) if text else None
+    if unknown := [name for name in names or () if name not in known]:
+        raise UsageError(f"no {what} is called {unknown[0]!r}; expected some of {','.join(known)}.")
+    return names
+
+
+def part(text: str) -> tuple[int, int]:
+    """``I/N`` as (I, N)."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; expected I/N, such as 1/4, I from 1 to N")
+    return int(first), int(count)
+
+
+def noises(text: str) -> tuple[float, ...]:
+    """Comma-separated standard deviations."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} has something that is no number") from error
+    if not all(0 <= value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} has a value that is not a number >= 0")
+    return values

@@ -1,0 +1,233 @@
+"""The comparison behind ``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration.
+
+Same checkpoint, prompts, seeds, y and operator for every method; nothing of y is pasted into any answer, and every
+figure is of the whole image. Phase retrieval cannot tell an image from its turn by 180 degrees: there, the better of
+the two by PSNR counts, for every method alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vml_ldm.adapters.diffusers import StableDiffusionPrior
+from vml_ldm.evaluation import comparison, metrics
+from vml_ldm.evaluation.benchmark_table import benchmark_table, verdicts
+from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth, timed
+from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver
+from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
+from vml_ldm.evaluation.rows import RowFile
+from vml_ldm.evaluation.sheet import draw_sheet
+from vml_ldm.evaluation.table import Group
+from vml_ldm.evaluation.tuning import best_settings
+from vml_ldm.images import load_image, to_pil
+from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+
+SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
+_ON_SHEET = 8  # images
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One method on one image of one task at one noise.
+
+    The first six fields say what was run (``fingerprint`` stands for checkpoint, code and settings). Then: PSNR (dB)
+    and SSIM of the whole image, its EfficientNet-Lite0 distance (None without the weights), rms of y - A(image) before
+    the image was clamped, the VAE's round-trip error of the truth as the operator sees it (both in units of y), and
+    seconds for one image (a batch's time over its size).
+    """
+
+    image: str
+    task: str
+    sigma_y: float
+    method: str
+    seed: int
+    fingerprint: str
+    psnr: float
+    ssim: float
+    perceptual: float | None
+    residual: float
+    vae_error: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """``residual / sqrt(sigma_y^2 + vae_error^2)``."""
+        return self.residual / max((self.sigma_y**2 + self.vae_error**2) ** 0.5, 1e-12)
+
+
+class Place(NamedTuple):
+    """A task at a noise."""
+
+    task: str
+    sigma_y: float
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.sigma_y:g}"
+
+
+@dataclass(frozen=True)
+class Plan(comparison.Plan):
+    """What to compare: tasks, each at every noise, and methods, of which the first is what others are compared to.
+
+    Attributes:
+        part: (i, n), the i-th of n parts of the images, i from 1.
+        tuning: the methods are RED-diff's grid, of which the best is told.
+    """
+
+    images: int = 24
+    methods: tuple[Solver | Naive, ...] = METHODS
+    tasks: tuple[str, ...] = TASKS
+    noises: tuple[float, ...] = NOISES
+    part: tuple[int, int] = (1, 1)
+    tuning: bool = False
+
+
+def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve: bool = True) -> str:
+    """Run the comparison, write its files into the rows' folder and return the table (Markdown).
+
+    The folder gets the rows (appended batch by batch; what stands there already is not run again unless something that
+    could change it has changed), ``results/`` (the images), ``table.md`` of what there is, also when it is
+    interrupted, and ``sheet-TASK.png`` for each task. A part writes ``table-PART.md`` and no sheet.
+
+    Args:
+        solve: False only makes table and sheets of the rows that are there.
+
+    Raises:
+        ValueError: the plan asks for an unknown task, for more images than the package holds, or tunes on another
+            split than the validation images.
+    """
+    if plan.tuning and plan.split != "validation":
+        raise ValueError(f"tuning came with split {plan.split!r}; expected 'validation': figures come from the other.")
+    pipe.set_progress_bar_config(disable=True)
+    benchmark = Benchmark(plan, pipe, rows)
+    rows.start()
+    try:
+        if solve:
+            benchmark.measure_all()
+    finally:
+        table = benchmark.table()
+        name = f"table-{rows.part}.md" if rows.part else "table.md"
+        (rows.folder / name).write_text(table + "\n", encoding="utf-8")
+    if not rows.part:
+        benchmark.draw_sheets()
+    return table
+
+
+class Benchmark(comparison.Comparison):
+    """One plan on one pipeline: measures what the row file lacks, then tabulates and draws what there is."""
+
+    def __init__(self, plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow]) -> None:
+        super().__init__(plan, pipe, rows)
+        first, count = plan.part
+        self.cases = self.cases[first - 1 :: count]
+        self._seen: tuple[tuple[str, ...], Tensor | None] = ((), None)
+
+    def jobs(self) -> list[tuple[Place, Solver | Naive]]:
+        return [(place, method) for place in self.places() for method in self.methods_at(place)]
+
+    def places(self) -> list[Place]:
+        return [Place(task, sigma_y) for task in self.plan.tasks for sigma_y in self.plan.noises]
+
+    def methods_at(self, place: Place) -> list[Solver | Naive]:
+        return [method for method in self.plan.methods if place.task in method.tasks]
+
+    def key(self, method: Solver | Naive, place: Place, case: Case) -> tuple:
+        return case.name, *place, method.name, case.seed, self.fingerprint(method, place)
+
+    def warm_up(self) -> None:
+        for method in self.plan.methods:
+            if isinstance(method, Solver):
+                self._answer(method, self._pose(Place(method.tasks[0], 0.0), self.cases[:1]), steps=WARM_UP_STEPS)
+
+    def measure(self, method: Solver | Naive, place: Place, cases: Sequence[Case]) -> list[BenchmarkRow]:
+        """Run one method on one batch; save the images and return the rows."""
+        problem, truth = self._pose(place, cases), stack_truth(cases)
+        answer, seconds = timed(lambda: self._answer(method, problem), len(cases))
+        image = turn_if_nearer(answer.image, truth) if place.task == "phase" else answer.image
+        self.save_pictures(method, place, cases, image)
+        figures = zip(
+            metrics.psnr(image, truth).clamp(max=MOST_PSNR).tolist(),
+            metrics.ssim(image, truth).tolist(),
+            self.distance(image, truth).tolist() if self.distance else [None] * len(cases),
+            answer.residual.tolist(),
+            problem.vae_error.tolist(),
+            strict=True,
+        )
+        return [
+            BenchmarkRow(*self.key(method, place, case), *values, seconds)
+            for case, values in zip(cases, figures, strict=True)
+        ]
+
+    def _answer(self, method: Solver | Naive, problem: Problem, steps: int | None = None) -> Answer:
+        common = self.plan.common_arguments() | ({"num_inference_steps": steps} if steps else {})
+        return method.answer(problem, self.pipe, common)
+
+    def _pose(self, place: Place, cases: Sequence[Case]) -> Problem:
+        """The place's problem of some images; what the VAE makes of them is kept for the next call with the same."""
+        names = tuple(case.name for case in cases)
+        if self._seen[0] != names:
+            self._seen = names, self._through_vae(stack_truth(cases))
+        return pose(*place, cases, self._seen[1])
+
+    @torch.no_grad()
+    def _through_vae(self, truth: Tensor) -> Tensor:
+        """Dec(Enc(truth)), on the CPU."""
+        parts = {"unet": self.pipe.unet, "vae": self.pipe.vae, "scheduler": self.pipe.scheduler}
+        with StableDiffusionPrior(**parts, condition={}) as prior:
+            return prior.decode(prior.encode(truth.to(self.pipe.device))).cpu()
+
+    def groups(self) -> list[Group]:
+        """Rows by place, of the images that every method there has answered; places without any are left out."""
+        found = []
+        for place in self.places():
+            methods = self.methods_at(place)
+            if cases := [c for c in self.cases if all(self.is_done(m, place, c) for m in methods)]:
+                rows = {method.name: self.rows_of(method, place, cases) for method in methods}
+                found.append(Group((place.task, f"{place.sigma_y:g}", str(len(cases))), rows))
+        return found
+
+    def table(self) -> str:
+        """The table over all places and methods (Markdown), with a line on how it was made."""
+        plan, groups = self.plan, self.groups()
+        if not groups:
+            return "No image has been answered by every method yet."
+        head = (
+            f"{len(self.cases)} {plan.split.replace('_', '-')} images at {self.size} x {self.size} pixels, "
+            f"{plan.steps or 50} steps, seeds from {plan.seed}, batches of up to {plan.batch}, {self.pipe.device.type} "
+            f"in {str(self.pipe.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads."
+        )
+        end = best_settings(groups) if plan.tuning else verdicts(groups)
+        return "\n\n".join([head, benchmark_table(groups), end])
+
+    def draw_sheets(self) -> None:
+        """Draw a sheet for each task, of up to eight images: a band for each noise.
+
+        Rows that came without their pictures (kept in a repository, say) make a table but no sheet.
+        """
+        for task in self.plan.tasks:
+            places = [place for place in self.places() if place.task == task]
+            if not (cases := [case for case in self.cases if self._is_drawn(places, case)][:_ON_SHEET]):
+                print(f"No sheet of {task}: {self.rows.folder} has no image with the pictures of every method.")
+                continue
+            columns = [f"sigma_y = {place.sigma_y:g}" for place in places for _ in cases]
+            sheet = draw_sheet(self._sheet_rows(places, cases), columns, per_band=len(cases))
+            sheet.save(self.rows.folder / f"sheet-{task}.png")
+
+    def _is_drawn(self, places: Sequence[Place], case: Case) -> bool:
+        return all(self.result_file(m, place, case).is_file() for place in places for m in self.methods_at(place))
+
+    def _sheet_rows(self, places: Sequence[Place], cases: Sequence[Case]) -> list[tuple[str, list[Image.Image]]]:
+        """Truth, the measurement's guess and every method's answer, for each image at each place."""
+        guesses = [self._pose(place, cases).measurement.guess((self.size, self.size)) for place in places]
+        rows = [("truth", to_pil(stack_truth(cases)) * len(places)), ("guess", to_pil(torch.cat(guesses)))]
+        for method in self.methods_at(places[0]):
+            if method.name != "start":  # it is the guess
+                files = [self.result_file(method, place, case) for place in places for case in cases]
+                rows.append((method.name, [load_image(file) for file in files]))
+        return rows

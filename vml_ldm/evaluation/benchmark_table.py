@@ -1,0 +1,81 @@
+"""The benchmark's table, and in words where the first method is ahead of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vml_ldm.evaluation.problems import LINEAR
+from vml_ldm.evaluation.table import (
+    FEWEST,
+    NO_PERCEPTUAL,
+    Column,
+    Group,
+    difference,
+    draw_lines,
+    has_perceptual,
+    mean,
+)
+
+CEILING = "vae-round-trip"
+_COLUMNS = (
+    Column("psnr", "PSNR (dB) ↑", 2),
+    Column("ssim", "SSIM ↑", 3),
+    Column("perceptual", "EfficientNet-Lite0 distance ↓", 3),
+    Column("residual", "residual", 4, paired=False),
+    Column("ratio", "residual / expected", 2, paired=False),
+    Column("seconds", "seconds", 2, paired=False),
+)
+_NOTES = (
+    "Means over the images; whole images count, nothing of y is pasted into them. Seconds are for one image.",
+    "Residual: rms of y - A(image). Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip error of the truth as the "
+    "operator sees it.",
+    f"start: the operator's pseudo-inverse, or what it begins from if it is not linear. {CEILING}: the truth through "
+    "the VAE, a ceiling that no method can know.",
+)
+
+
+def benchmark_table(groups: Sequence[Group]) -> str:
+    """Groups as Markdown: the table and its notes.
+
+    Args:
+        groups: labels (task, sigma_y, number of images); the first method is what others are compared to.
+    """
+    first, *_ = groups[0].rows
+    lines = draw_lines(("task", "sigma_y", "images"), groups, _COLUMNS)
+    notes = [*_NOTES, f"In brackets, from {FEWEST} images on: mean paired difference to {first}, its 95 % interval."]
+    if not has_perceptual(groups):
+        notes.append(NO_PERCEPTUAL)
+    return "\n".join([*lines, "", *notes])
+
+
+def verdicts(groups: Sequence[Group]) -> str:
+    """For each linear task, whom the first method is ahead of, and its mean residual over the expected one.
+
+    Ahead means in PSNR or in the perceptual distance, by a paired 95 % interval that excludes zero. The ceiling is no
+    rival.
+    """
+    tasks = [task for task in LINEAR if any(group.labels[0] == task for group in groups)]
+    return "\n".join(_verdict(task, [group for group in groups if group.labels[0] == task]) for task in tasks)
+
+
+def _verdict(task: str, groups: Sequence[Group]) -> str:
+    first, *others = (method for method in groups[0].rows if method != CEILING)
+    if any(len(group.rows[first]) < FEWEST for group in groups):
+        return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
+    behind = []
+    for method in others:
+        if noises := [group.labels[1] for group in groups if not is_ahead(group, first, method)]:
+            behind.append(f"{method} at sigma_y = {', '.join(noises)}")
+    ratios = ", ".join(f"{mean(group.rows[first], 'ratio'):.2f}" for group in groups)
+    noises = ", ".join(group.labels[1] for group in groups)
+    result = f"not ahead of {'; '.join(behind)}" if behind else "ahead of all others"
+    return f"- {task}: {first} is {result}. Residual / expected {ratios} at sigma_y = {noises}."
+
+
+def is_ahead(group: Group, ours: str, other: str) -> bool:
+    """Whether `ours` has a higher PSNR or a smaller perceptual distance than `other`, the interval without zero."""
+    psnr = difference(group.rows[ours], group.rows[other], "psnr")
+    if psnr is not None and psnr.low > 0:
+        return True
+    distance = difference(group.rows[ours], group.rows[other], "perceptual") if has_perceptual([group]) else None
+    return distance is not None and distance.high < 0

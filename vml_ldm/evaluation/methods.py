@@ -1,0 +1,149 @@
+"""Who answers a problem in the comparison of restoration: VML, RED-diff, and naive answers without a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vml_ldm.evaluation import tuning
+from vml_ldm.evaluation.problems import TASKS, Problem
+from vml_ldm.images import to_pil
+from vml_ldm.operators import Downsample, Mask
+from vml_ldm.red import RedDiff
+
+_TELEA_RADIUS = 3  # pixels
+
+
+class Answer(NamedTuple):
+    """Images (B, 3, H, W) in [0, 1] on the CPU, and (B,) rms of y - A(image), before the image was clamped."""
+
+    image: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver of `VMLRestorePipeline`, by what it is passed for a task and a sigma_y."""
+
+    name: str
+    arguments: Callable[[str, float], dict]
+    tasks: tuple[str, ...] = field(default=TASKS, repr=False)
+
+    def settings(self, place: tuple[str, float]) -> dict:
+        """What a row depends on."""
+        return self.arguments(*place)
+
+    def answer(self, problem: Problem, pipe, common: dict) -> Answer:
+        """The pipeline's images for y; nothing of it is pasted into them."""
+        out = pipe(
+            problem.prompts,
+            height=problem.round_trip.shape[2],
+            width=problem.round_trip.shape[3],
+            generator=[Generator().manual_seed(seed) for seed in problem.seeds],
+            output_type="pt",
+            y=problem.y,
+            operator=problem.operator,
+            sigma_y=problem.sigma_y,
+            return_report=True,
+            **common,
+            **self.arguments(problem.task, problem.sigma_y),
+        )
+        return Answer(out.images.float().cpu(), torch.tensor(out.report.residual))
+
+
+@dataclass(frozen=True)
+class Naive:
+    """An answer (B, 3, H, W) that takes no diffusion model; `module` is what it needs installed."""
+
+    name: str
+    draw: Callable[[Problem], Tensor]
+    tasks: tuple[str, ...] = field(default=TASKS, repr=False)
+    module: str | None = None
+
+    def settings(self, place: tuple[str, float]) -> dict:
+        """What a row depends on: nothing but the source."""
+        return {}
+
+    def answer(self, problem: Problem, pipe, common: dict) -> Answer:
+        image = self.draw(problem)
+        return Answer(image.clamp(0, 1), problem.residual(image))
+
+
+def draw_start(problem: Problem) -> Tensor:
+    """The operator's start: the pseudo-inverse of a linear one, nearest to mid-grey; otherwise see its docstring."""
+    return problem.measurement.start()
+
+
+def upsample(problem: Problem) -> Tensor:
+    """Bicubic interpolation of a smaller y.
+
+    Raises:
+        TypeError: another operator than `Downsample`.
+    """
+    if not isinstance(problem.operator, Downsample):
+        raise TypeError(f"bicubic came with {problem.operator!r}; expected Downsample. Leave the task out.")
+    return F.interpolate(problem.y, scale_factor=problem.operator.factor, mode="bicubic").clamp(0, 1)
+
+
+def inpaint_telea(problem: Problem) -> Tensor:
+    """OpenCV's fast-marching inpainting (Telea, 2004), on 8 bits and a radius of 3 pixels; known pixels as in y.
+
+    Raises:
+        TypeError: another operator than `Mask`.
+        ModuleNotFoundError: OpenCV is not installed.
+    """
+    import cv2
+    import numpy as np
+
+    if not isinstance(problem.operator, Mask):
+        raise TypeError(f"telea came with {problem.operator!r}; expected Mask. Leave the task out.")
+    known = problem.operator.mask.expand(len(problem.y), -1, -1, -1)
+    holes = (known[:, 0] == 0).to(torch.uint8).numpy()
+    painted = [
+        cv2.inpaint(np.asarray(image), hole, _TELEA_RADIUS, cv2.INPAINT_TELEA)
+        for image, hole in zip(to_pil(problem.y), holes, strict=True)
+    ]
+    filled = torch.from_numpy(np.stack(painted)).permute(0, 3, 1, 2).float() / 255
+    return torch.where(known > 0, problem.y, filled).clamp(0, 1)
+
+
+def _pass(**arguments) -> Callable[[str, float], dict]:
+    """The same arguments for every task and noise."""
+    return lambda task, sigma_y: arguments
+
+
+def _pass_tuned(task: str, sigma_y: float) -> dict:
+    return {"solver": "red-diff", "red": tuning.tuned(task, sigma_y)}
+
+
+def red_solver(name: str, red: RedDiff) -> Solver:
+    """RED-diff with one setting for every task."""
+    return Solver(name, _pass(solver="red-diff", red=red))
+
+
+EXACT = Solver("vml", _pass(jacobian="exact"))  # the pipeline's defaults
+FREE = Solver("vml-free", _pass(jacobian="free"))
+RED = red_solver("red-diff", tuning.AUTHORS)
+RED_TUNED = Solver("red-diff-tuned", _pass_tuned)
+START = Naive("start", draw_start)
+BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
+TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
+CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
+METHODS = (EXACT, FREE, RED, RED_TUNED, START, BICUBIC, TELEA, CEILING)
+
+
+def is_installed(method: Solver | Naive) -> bool:
+    """Whether the method has what it needs."""
+    module = getattr(method, "module", None)
+    return module is None or find_spec(module) is not None
+
+
+def grid() -> tuple[Solver, ...]:
+    """RED-diff at every point of the tuning grid, the authors' first."""
+    return tuple(red_solver(tuning.name_of(red), red) for red in tuning.GRID)
