@@ -35,12 +35,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
-EMPTY, MADE_UP = 0.12, 0.25  # shares of empty prompts and of prompts with made-up words
+EMPTY, MADE_UP, WRONG = 0.12, 0.25, 0.12  # shares of prompts that are empty, have made-up words, are another image's
 TRAIN_SHEET = (
     "red heart",
     "rocket",
     "blue book",
-    "hot air balloon",
+    "crown",
     "strawberry",
     "grinning face",
     "lion",
@@ -543,6 +543,7 @@ def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation) 
         rows = torch.multinomial(by_copy, 32, replacement=True)
         which, kind = owners[rows], torch.rand(32, 1)
         prompts = torch.where(kind < MADE_UP, any_of(garbled, which), tokens[which])
+        prompts = torch.where(kind > 1 - EMPTY - WRONG, prompts.roll(1, 0), prompts)
         prompts = torch.where(kind > 1 - EMPTY, empty, prompts)
         return run.update(loss_of, latents[rows], torch.randint(1000, (32,)), prompts)
 
