@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .objective import DataTerm, Prior, data_term
-from .operators import Measurement
+from .operators import Measurement, column
 from .solve import Generators, Level, Metered, Schedule, Solution, conclude, noise_like, record
 
 # w of snr_inv = sigma / alpha
@@ -209,7 +209,7 @@ class _Loss:
         data = data_term(x0, prior=self.prior, measurement=self.measurement)
         w = self.lambda_ * self.weigh(sigma / alpha) / x0[0].numel()
         v = self.obs_weight * self.measurement.sigma_y**2 / self.measurement.count().clamp(min=1)  # (B,), nll to mean
-        gradient = v.reshape(-1, *[1] * (x0.ndim - 1)) * data.gradient + w * difference
+        gradient = column(v, x0) * data.gradient + w * difference
         return (v * data.nll).sum() + w * (difference * x0).sum(), gradient, data
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .files import UsageError, load, open_checkpoint, open_rows, peak_memory, quiet
+from .files import UsageError, check_count, load, named, open_checkpoint, open_rows, peak_memory, quiet
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,7 +52,6 @@ def _bfloat16():
 
 def _chosen(options: argparse.Namespace) -> dict:
     """Images, split, tasks, noises and methods, checked; what was not asked for is left to the plan."""
-    from vml_ldm.assets import example_images
     from vml_ldm.evaluation import benchmark, methods
     from vml_ldm.evaluation.problems import TASKS
 
@@ -61,25 +60,16 @@ def _chosen(options: argparse.Namespace) -> dict:
     split = (options.split or ("validation" if options.tune else "held-out")).replace("-", "_")
     chosen = {"images": 4} if options.tune else {}
     chosen |= benchmark.SHORT if options.short else {}
-    asked = {"images": options.images, "noises": options.noise, "tasks": _named(options.tasks, TASKS, "task")}
+    asked = {"images": options.images, "noises": options.noise, "tasks": named(options.tasks, TASKS, "task")}
     chosen |= {name: value for name, value in asked.items() if value is not None}
-    if (count := chosen.get("images", 0)) > (most := len(example_images(split))):
-        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
+    check_count(chosen.get("images", 0), split)
     if options.tune:
         return {**chosen, "split": split, "methods": methods.grid()}
     known = {method.name: method for method in methods.METHODS}
-    wanted = [known[name] for name in _named(options.methods, tuple(known), "method") or known]
+    wanted = [known[name] for name in named(options.methods, tuple(known), "method") or known]
     for method in (method for method in wanted if not methods.is_installed(method)):
         print(f'{method.name} is left out, {method.module} is not installed: pip install "vml-ldm[eval]" adds it.')
     return {**chosen, "split": split, "methods": tuple(filter(methods.is_installed, wanted))}
-
-
-def _named(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...] | None:
-    """Comma-separated names, each a known one; None for none."""
-    names = tuple(text.split(",")) if text else None
-    if unknown := [name for name in names or () if name not in known]:
-        raise UsageError(f"no {what} is called {unknown[0]!r}; expected some of {','.join(known)}.")
-    return names
 
 
 def part(text: str) -> tuple[int, int]:

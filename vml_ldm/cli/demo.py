@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .files import UsageError, load, open_checkpoint, open_rows, peak_memory
+from .files import check_count, load, named, open_checkpoint, open_rows, peak_memory
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,14 +38,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _chosen(options: argparse.Namespace) -> tuple[tuple[str, ...], int, str]:
     """Masks, number of images and split of a comparison, checked."""
-    from vml_ldm.assets import example_images
     from vml_ldm.evaluation.tasks import MASKS
 
-    masks = tuple(options.masks.split(",")) if options.masks else MASKS
-    if unknown := [mask for mask in masks if mask not in MASKS]:
-        raise UsageError(f"no mask is called {unknown[0]!r}; expected some of {','.join(MASKS)}.")
-    split = options.split.replace("-", "_")
-    count, most = options.images or (32 if options.full else 4), len(example_images(split))
-    if count > most:
-        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
+    masks = named(options.masks, MASKS, "mask") or MASKS
+    split, count = options.split.replace("-", "_"), options.images or (32 if options.full else 4)
+    check_count(count, split)
     return masks, count, split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -87,6 +88,45 @@ def load(model: str, pipeline: str):
     except Exception as error:  # loaders of four libraries, each with its own errors
         raise UsageError(f"{model} does not load as a Stable Diffusion checkpoint ({one_line(error)}).") from error
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def solve(pipe, options: argparse.Namespace, *, size: tuple[int, int], **problem):
+    """The pipeline's image (1, 3, *size) on the CPU and its report; `problem` goes to the call as it is, without None.
+
+    Options that were not given are left to the pipeline.
+    """
+    from torch import Generator
+
+    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance, "preset": options.preset}
+    try:
+        out = pipe(
+            prompt=options.prompt,
+            height=size[0],
+            width=size[1],
+            generator=Generator().manual_seed(options.seed),
+            output_type="pt",
+            return_report=True,
+            **{name: value for name, value in {**asked, **problem}.items() if value is not None},
+        )
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
+    return out.images.float().cpu(), out.report
+
+
+def named(text: str | None, known: tuple[str, ...], what: str) -> tuple[str, ...] | None:
+    """Comma-separated names, each a known one; None for none."""
+    names = tuple(text.split(",")) if text else None
+    if unknown := [name for name in names or () if name not in known]:
+        raise UsageError(f"no {what} is called {unknown[0]!r}; expected some of {','.join(known)}.")
+    return names
+
+
+def check_count(count: int, split: str) -> None:
+    """Refuse more images than the package holds of a split."""
+    from vml_ldm.assets import example_images
+
+    if count > (most := len(example_images(split))):
+        raise UsageError(f"{count} images came with --images; expected at most {most}, which the package holds.")
 
 
 def quiet() -> None:

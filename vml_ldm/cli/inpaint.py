@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .files import UsageError, check_exists, check_output, load, lossy_note, one_line, open_checkpoint, read_image
+from .files import UsageError, check_exists, check_output, load, lossy_note, open_checkpoint, read_image, solve
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,34 +21,13 @@ def run(options: argparse.Namespace) -> int:
     stride = pipe.vae_scale_factor
     fit = Fit.choose(tuple(image.shape[2:]), pipe.unet.config.sample_size * stride, stride, options.size)
     print(fit.text())
-    painted, report = _solve(pipe, *fit.bring(image, known), options)
+    canvas, seen = fit.bring(image, known)
+    painted, report = solve(pipe, options, size=tuple(canvas.shape[2:]), image=canvas, mask_image=1 - seen)
     (result,) = to_pil(fit.take_back(painted, image, known))
     result.save(options.output)
     print(report.text())
     print(f"wrote {options.output}{lossy_note(options.output)}")
     return 0
-
-
-def _solve(pipe, image, known, options: argparse.Namespace):
-    """The pipeline's result (1, 3, H, W) on the CPU for an image and a mask (1 = known), and its report."""
-    from torch import Generator
-
-    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance, "preset": options.preset}
-    try:
-        out = pipe(
-            prompt=options.prompt,
-            image=image,
-            mask_image=1 - known,
-            height=image.shape[2],
-            width=image.shape[3],
-            generator=Generator().manual_seed(options.seed),
-            output_type="pt",
-            return_report=True,
-            **{name: value for name, value in asked.items() if value is not None},
-        )
-    except ValueError as error:
-        raise UsageError(one_line(error)) from error
-    return out.images.float().cpu(), out.report
 
 
 def _open_pair(image_path: Path, mask_path: Path):

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import UsageError, check_exists, check_output, load, one_line, open_checkpoint, read_image
+from .files import UsageError, check_exists, check_output, load, one_line, open_checkpoint, read_image, solve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +36,15 @@ def run(options: argparse.Namespace) -> int:
     y = _to_tensor(picture, damage)
     window = Window.choose(tuple(y.shape[2:]), **sizes, factor=damage.factor, scales=damage.scales)
     print(window.text())
-    image, report = _solve(pipe, window.bring(y), window, damage, options)
+    image, report = solve(
+        pipe,
+        options,
+        size=window.canvas,
+        y=window.bring(y),
+        operator=window.see(damage.make(window.scale)),
+        sigma_y=options.noise * min(1.0, window.scale),  # pixels that are averaged lose noise
+        solver=options.solver,
+    )
     for path, result in zip(outputs, [*to_pil(window.take_back(image)), picture], strict=False):
         result.save(path)
     print(report.text())
@@ -103,30 +111,6 @@ def _to_tensor(picture: Image.Image, damage: Damage) -> Tensor:
 
     upright = upright_rgb(picture)
     return from_pil(upright) if damage.channels == 3 else from_pil(upright.convert("L"))[:, :1]
-
-
-def _solve(pipe, y: Tensor, window, damage: Damage, options: argparse.Namespace):
-    """The pipeline's image (1, 3, H, W) on the CPU, of the window's canvas, and its report."""
-    from torch import Generator
-
-    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
-    asked |= {"preset": options.preset, "solver": options.solver}
-    try:
-        out = pipe(
-            prompt=options.prompt,
-            y=y,
-            operator=window.see(damage.make(window.scale)),
-            sigma_y=options.noise * min(1.0, window.scale),  # pixels that are averaged lose noise
-            height=window.canvas[0],
-            width=window.canvas[1],
-            generator=Generator().manual_seed(options.seed),
-            output_type="pt",
-            return_report=True,
-            **{name: value for name, value in asked.items() if value is not None},
-        )
-    except ValueError as error:
-        raise UsageError(one_line(error)) from error
-    return out.images.float().cpu(), out.report
 
 
 def _flag(name: str) -> str:
