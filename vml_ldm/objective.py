@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .operators import Measurement, column, squares
+from .operators import Measurement, column, dot, squares
 
 PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
@@ -279,7 +279,7 @@ def _quadratic(
         z0_hat = prior.denoise(x, alpha, sigma)
         (a,) = torch.autograd.grad(view(z0_hat), z0_hat, w, create_graph=True)
         (ja,) = torch.autograd.grad(z0_hat, x, a, create_graph=True)
-        value = (a * ja).flatten(1).sum(1)
+        value = dot(a, ja)
         if not value.requires_grad:  # neither M nor J depends on x_t
             return value, torch.zeros_like(x_t)
         (gradient,) = torch.autograd.grad(value.sum(), x, materialize_grads=True)

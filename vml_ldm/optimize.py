@@ -24,7 +24,7 @@ from .objective import (
     denoise_pullback,
     linearise,
 )
-from .operators import Measurement, column, conjugate_gradients, squares
+from .operators import Measurement, column, conjugate_gradients, dot, squares
 
 JACOBIANS = ("exact", "free")
 PRECONDITIONERS = ("none", "gauss-newton")
@@ -235,9 +235,9 @@ def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
     ``d = v + beta d_last``, ``beta = max(0, <v, v - v_last> / |v_last|^2)`` image by image: between the steps of one
     level the loss is smooth, and conjugate directions cost no further network call.
     """
-    beta = _dot(v, v - v_last) / squares(v_last).clamp(min=torch.finfo(v.dtype).tiny)
+    beta = dot(v, v - v_last) / squares(v_last).clamp(min=torch.finfo(v.dtype).tiny)
     d = v + column(beta.clamp(min=0), v) * d_last
-    return torch.where(column(_dot(v, d) > 0, v), d, v)
+    return torch.where(column(dot(v, d) > 0, v), d, v)
 
 
 def step_length(
@@ -268,7 +268,7 @@ def step_length(
     ahead = measurement.residual(prior.decode(z0_hat + column(h, d) * d))
     data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
-    return _dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
+    return dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
 
 
 def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: str) -> tuple[Tensor, PullBack]:
@@ -276,8 +276,3 @@ def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: s
     if jacobian == "exact":
         return denoise_pullback(prior, x_t, alpha, sigma)
     return prior.denoise(x_t, alpha, sigma), lambda b: b / alpha
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(B, ...), (B, ...) -> (B,): inner products, image by image."""
-    return (a * b).flatten(1).sum(1)

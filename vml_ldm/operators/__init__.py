@@ -25,7 +25,7 @@ begin from. y has the image's dtype, float32 or float64 (complex for FourierLine
 tensors that an operator holds follow the image.
 """
 
-from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, squares
+from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, dot, squares
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
 from .foreign import Custom, from_physics
 from .jpeg import JPEG
@@ -57,6 +57,7 @@ __all__ = [
     "Subsample",
     "column",
     "conjugate_gradients",
+    "dot",
     "from_physics",
     "motion_kernel",
     "squares",

@@ -181,7 +181,7 @@ def conjugate_gradients(
         if not moving.any():
             break
         ahead = apply(direction)
-        length = column(moving * size / (direction * ahead).flatten(1).sum(1).clamp(min=tiny), b)
+        length = column(moving * size / dot(direction, ahead).clamp(min=tiny), b)
         x, residual = x + length * direction, residual - length * ahead
         size, last = squares(residual), size
         direction = residual + column(size / last.clamp(min=tiny), b) * direction
@@ -191,6 +191,11 @@ def conjugate_gradients(
 def squares(x: Tensor) -> Tensor:
     """(B, ...) -> (B,): each item's sum of squares (of absolute values, for a complex x)."""
     return torch.view_as_real(x).square().flatten(1).sum(1) if x.is_complex() else x.square().flatten(1).sum(1)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """(B, ...), (B, ...) -> (B,): inner products of real tensors, item by item."""
+    return (a * b).flatten(1).sum(1)
 
 
 def count_values(y: Tensor) -> Tensor:
