@@ -68,7 +68,6 @@ class Run:
         self.ema = {key: copy.deepcopy(module).eval().requires_grad_(False) for key, module in modules.items()}
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.best = math.inf
         self.clock = time.monotonic()
         if self.file.exists():
             self._load()
@@ -149,7 +148,7 @@ class Run:
     def save(self) -> None:
         state = {key: module.state_dict() for key, module in self.modules.items()}
         ema = {key: module.state_dict() for key, module in self.ema.items()}
-        scalars = {"step": self.step, "spent": self.spent, "best": self.best}
+        scalars = {"step": self.step, "spent": self.spent}
         part = self.file.with_suffix(".part")
         torch.save({"modules": state, "ema": ema, "optimizer": self.optimizer.state_dict(), **scalars}, part)
         part.replace(self.file)
@@ -160,7 +159,7 @@ class Run:
             module.load_state_dict(saved["modules"][key])
             self.ema[key].load_state_dict(saved["ema"][key])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.spent, self.best = saved["step"], saved["spent"], saved["best"]
+        self.step, self.spent = saved["step"], saved["spent"]
 
 
 def bfloat16() -> torch.autocast:
