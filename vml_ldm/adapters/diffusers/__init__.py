@@ -1,16 +1,23 @@
 """diffusers as a host: its models as a `Prior`, its schedulers as a `Schedule`."""
 
+from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .precision import NonFiniteError
-from .prior import StableDiffusionPrior
+from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SCHEDULERS, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior
 
 __all__ = [
+    "FLOW_SCHEDULERS",
     "SCHEDULERS",
+    "FlowPrior",
+    "GuidedPrior",
     "LDMPrior",
     "NonFiniteError",
     "PixelPrior",
     "StableDiffusionPrior",
+    "StableDiffusionXLPrior",
+    "check_flow_scheduler",
     "check_scheduler",
+    "flow_levels",
     "scheduler_levels",
 ]

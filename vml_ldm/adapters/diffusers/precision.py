@@ -44,6 +44,11 @@ class Guard:
             network.to(dtype)
         self._upcast.clear()
 
+    def upcast(self, network: nn.Module) -> None:
+        """Run a network in float32 from here on, until `restore`."""
+        self._upcast[network] = network.dtype
+        network.to(torch.float32)
+
     def dtype(self, network: nn.Module) -> torch.dtype:
         """The precision to hand the network its inputs in."""
         return torch.float32 if network in self._upcast else network.dtype
@@ -86,9 +91,17 @@ class Guard:
         if self.dtype(network) not in _HALF:
             raise NonFiniteError(_message(name))
         warnings.warn(f"{name} gave non-finite values in {network.dtype}; it goes on in float32.", stacklevel=2)
-        self._upcast[network] = network.dtype
         self.retries[name] += 1
-        network.to(torch.float32)
+        self.upcast(network)
+
+
+def cast(value, dtype: torch.dtype):
+    """The floating-point tensors in a tensor, dict, list or tuple as `dtype`. Containers are copied."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: cast(item, dtype) for name, item in value.items()}
+    return type(value)(cast(item, dtype) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A Stable Diffusion 1.x or 2.x checkpoint as a `Prior`."""
+"""Text-to-image checkpoints as a `Prior`: prompt, guidance and VAE; Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -7,25 +7,80 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .unet import LatentPrior
+from .network import Autoencoded
+from .precision import cast
+from .unet import UNetPrior
 
 GUIDANCE_REACH = 0.1  # chosen on the validation images
 
 
-class StableDiffusionPrior(LatentPrior):
-    """UNet, VAE and prompt as ``E[z0 | x_t]``, encoder and decoder. Use it in `with`.
+class GuidedPrior(Autoencoded):
+    """For a `NetworkPrior` of an `AutoencoderKL`'s latents that is conditioned on a prompt.
 
     The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
     scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
 
+    Attributes:
+        condition, negative, guidance_scale, inpainting: as they came, and free to be changed.
+        guide: None without guidance.
+    """
+
+    def _hold(self, vae: nn.Module, condition: dict, negative: dict | None, guidance_scale: float, inpainting) -> None:
+        self.vae, self.condition, self.negative = vae, condition, negative
+        self.guidance_scale, self.inpainting = guidance_scale, inpainting
+        self.guide = None if negative is None else self._guide
+
+    def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
+        """``z0_hat + p``, ``p = (w - 1) (z0_hat - D(x_t; negative))``, with rms(p) held to what x_t leaves open.
+
+        Latents have unit variance, so at noise sigma / alpha a Gaussian would leave z0 the standard deviation
+        ``s = sigma / hypot(alpha, sigma)``; the push is shortened, image by image, to an rms of `GUIDANCE_REACH` s.
+        """
+        run = lambda: self._denoise(x_t, alpha, sigma, self.negative)  # noqa: E731
+        push = (self.guidance_scale - 1) * (z0_hat - self._guard.run(self._name, self._network, run))
+        reach = GUIDANCE_REACH * sigma / math.hypot(alpha, sigma)
+        rms = push.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return z0_hat + push * (reach / rms.clamp(min=reach))
+
+    def _inputs(self, x: Tensor, condition: dict | None) -> tuple[Tensor, dict]:
+        """The state with what is appended to it, and a condition (None: the prompt), in the denoiser's precision."""
+        inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
+        dtype = self._guard.dtype(self._network)
+        return inputs.to(dtype), cast(self.condition if condition is None else condition, dtype)
+
+    def _encode(self, image: Tensor) -> Tensor:
+        moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
+        shift, scale = self._normalisation(image)
+        return (moments.latent_dist.mode().to(image.dtype) - shift) * scale
+
+    def _decode(self, z: Tensor) -> Tensor:
+        shift, scale = self._normalisation(z)
+        latent = (z / scale + shift).to(self._guard.dtype(self.vae))
+        return self.vae.decode(latent, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+
+    def _normalisation(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """(shift, scale) of ``z = (latent - shift) scale``: the VAE's numbers, or one of each for every channel."""
+        config = self.vae.config
+        shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return shift, scale
+        by_channel = lambda values: like.new_tensor(values).reshape(1, -1, 1, 1)  # noqa: E731
+        return shift + by_channel(mean), scale / by_channel(std)
+
+
+class StableDiffusionPrior(GuidedPrior, UNetPrior):
+    """UNet, VAE and prompt as ``E[z0 | x_t]``, encoder and decoder. Use it in `with`.
+
     Args:
-        unet: `UNet2DConditionModel` with 4 input channels, or 9 (then `inpainting` is appended).
+        unet: `UNet2DConditionModel` with as many input channels as latents have, or an inpainting checkpoint's (then
+            `inpainting` is appended).
         vae: `AutoencoderKL`.
         scheduler: gives `alphas_cumprod` and the prediction type (epsilon, v_prediction, sample).
         condition: keyword arguments of the UNet's call for the prompt: encoder_hidden_states (B, n, d), and others.
         negative: the same for the negative prompt; None for no guidance.
         guidance_scale: w of classifier-free guidance; used when `negative` is given.
-        inpainting: (B, 5, h, w), mask and masked latents of a 9-channel checkpoint.
+        inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
         guide: None without guidance.
@@ -43,40 +98,25 @@ class StableDiffusionPrior(LatentPrior):
         guidance_scale: float = 1.0,
         inpainting: Tensor | None = None,
     ):
-        super().__init__(unet=unet, vae=vae, scheduler=scheduler)
-        self.condition, self.negative, self.guidance_scale = condition, negative, guidance_scale
-        self.inpainting = inpainting
-        self.guide = None if negative is None else self._guide
-
-    def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
-        """``z0_hat + p``, ``p = (w - 1) (z0_hat - D(x_t; negative))``, with rms(p) held to what x_t leaves open.
-
-        Latents have unit variance, so at noise sigma / alpha a Gaussian would leave z0 the standard deviation
-        ``s = sigma / hypot(alpha, sigma)``; the push is shortened, image by image, to an rms of `GUIDANCE_REACH` s.
-        """
-        run = lambda: self._denoise(x_t, alpha, sigma, self.negative)  # noqa: E731
-        push = (self.guidance_scale - 1) * (z0_hat - self._guard.run("the UNet", self.unet, run))
-        reach = GUIDANCE_REACH * sigma / math.hypot(alpha, sigma)
-        rms = push.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        return z0_hat + push * (reach / rms.clamp(min=reach))
+        super().__init__(unet=unet, scheduler=scheduler)
+        self._hold(vae, condition, negative, guidance_scale, inpainting)
 
     def _predict(self, x: Tensor, t: float, condition: dict | None = None) -> Tensor:
         """The UNet's output for a condition (None: the prompt), float32."""
-        condition = self.condition if condition is None else condition
-        inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
-        dtype = self._guard.dtype(self.unet)
-        condition = {**condition, "encoder_hidden_states": condition["encoder_hidden_states"].to(dtype)}
-        out = self.unet(inputs.to(dtype), torch.as_tensor(t, device=x.device), return_dict=False, **condition)
+        inputs, condition = self._inputs(x, condition)
+        out = self.unet(inputs, torch.as_tensor(t, device=x.device), return_dict=False, **condition)
         return out[0].to(x.dtype)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
-        return (moments.latent_dist.mode().to(image.dtype) - self._shift) * self.vae.config.scaling_factor
 
-    def _decode(self, z: Tensor) -> Tensor:
-        latent = z / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(latent.to(self._guard.dtype(self.vae)), return_dict=False)[0].to(z.dtype) / 2 + 0.5
+class StableDiffusionXLPrior(StableDiffusionPrior):
+    """A `StableDiffusionPrior` of SDXL's networks. Use it in `with`.
 
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+    Its conditions also hold ``added_cond_kwargs``: text_embeds (B, d), pooled, and time_ids (B, 5 or 6), the sizes. A
+    float16 VAE whose configuration has `force_upcast` runs in float32, with its gradient, and is float16 again after.
+    """
+
+    def __enter__(self):
+        super().__enter__()
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            self._guard.upcast(self.vae)
+        return self

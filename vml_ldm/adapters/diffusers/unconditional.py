@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ...pixels import PixelSpace
-from .unet import LatentPrior, UNetPrior
+from .network import Autoencoded
+from .unet import UNetPrior
 
 
 class PixelPrior(PixelSpace, UNetPrior):
@@ -23,7 +24,7 @@ class PixelPrior(PixelSpace, UNetPrior):
     """
 
 
-class LDMPrior(LatentPrior):
+class LDMPrior(Autoencoded, UNetPrior):
     """The parts of a diffusers `LDMPipeline`: a `UNet2DModel` on the latents of a `VQModel`. Use it in `with`.
 
     The latent is the one before quantisation, ``z = scaling_factor * Enc(2 x - 1)``, and the decoder takes it as it
@@ -36,7 +37,8 @@ class LDMPrior(LatentPrior):
     """
 
     def __init__(self, *, unet: nn.Module, vqvae: nn.Module, scheduler):
-        super().__init__(unet=unet, vae=vqvae, scheduler=scheduler)
+        super().__init__(unet=unet, scheduler=scheduler)
+        self.vae = vqvae
 
     def _encode(self, image: Tensor) -> Tensor:
         latent = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)), return_dict=False)[0]
