@@ -203,14 +203,12 @@ def count_prompts(a: SimpleNamespace, items: int) -> int:
     prompts = 1 if isinstance(a.prompt, str) else len(a.prompt if a.prompt is not None else a.prompt_embeds)
     if prompts > 1:
         return prompts
-    for name in ("prompt", "negative_prompt"):
+    for name in [name for name in vars(a) if "prompt" in name.split("_")]:  # of every text encoder, and their negatives
         value = getattr(a, name)
-        if value is not None and items > 1:
-            setattr(a, name, (value if isinstance(value, list) else [value]) * items)
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        value = getattr(a, name)
-        if value is not None and len(value) == 1:
-            setattr(a, name, value.expand(items, -1, -1))
+        if isinstance(value, Tensor) and len(value) == 1:
+            setattr(a, name, value.expand(items, *value.shape[1:]))
+        elif isinstance(value, (str, list)) and items > 1:
+            setattr(a, name, ([value] if isinstance(value, str) else value) * items)
     return items
 
 

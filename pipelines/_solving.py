@@ -1,6 +1,19 @@
 """What the pipelines share around a solver: checks, prompt, prior, start, progress and callbacks, report, output.
 
-A call's arguments travel as a namespace `a`, under their names in the call.
+A call's arguments travel as a namespace `a`, under their names in the call. What the network is conditioned on travels
+as a dict `tensors`, under the names by which the stock pipeline's callbacks read and change it; under guidance the
+negative prompts' rows come first.
+
+`SolvingMixin` serves Stable Diffusion 1.x and 2.x. A family of models differs in, and its mixin overrides:
+
+    _denoiser_name, _prior_class        the network's name in the pipeline, and the prior made of it
+    _check_scheduler, _scheduler_levels the schedulers, and (scheduler, timesteps, renoise) -> Levels
+    _timesteps(a, count)                the scheduler's time steps
+    _remember(a)                        what the stock pipeline's properties tell callbacks
+    _embed(a)                           prompts -> tensors
+    _conditions(a, batch)               what else the network takes, which callbacks do not change
+    _condition(prior, tensors)          tensors -> prior
+    _screen(image, dtype)               what is done to images before they are handed out
 """
 
 from __future__ import annotations
@@ -14,9 +27,10 @@ from typing import NamedTuple
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from torch import Tensor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from torch import Tensor, nn
 
-from vml_ldm.adapters.diffusers import StableDiffusionPrior, check_scheduler
+from vml_ldm.adapters.diffusers import GuidedPrior, StableDiffusionPrior, check_scheduler, scheduler_levels
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import Settings
@@ -31,6 +45,7 @@ _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still n
 class VMLPipelineOutput(StableDiffusionPipelineOutput):
     """The stock output, and `report` (None unless `return_report=True`)."""
 
+    nsfw_content_detected: list[bool] | None = None
     report: Report | None = None
 
 
@@ -51,50 +66,78 @@ class Measured(NamedTuple):
 class SolvingMixin:
     """The steps of a solve on the components and methods of the Stable Diffusion pipeline that it is mixed into."""
 
+    _denoiser_name, _prior_class = "unet", StableDiffusionPrior
+    _check_scheduler = staticmethod(check_scheduler)
+    _scheduler_levels = staticmethod(scheduler_levels)
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        return getattr(self, self._denoiser_name)
+
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.
 
         Args:
-            channels: of the UNets that the pipeline can use.
+            channels: of the denoisers that the pipeline can use.
         """
         if isinstance(a.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             a.callback_on_step_end_tensor_inputs = a.callback_on_step_end.tensor_inputs
-        a.height = a.height or self.unet.config.sample_size * self.vae_scale_factor
-        a.width = a.width or self.unet.config.sample_size * self.vae_scale_factor
+        config = self._denoiser.config
+        a.height = a.height or config.sample_size * self.vae_scale_factor
+        a.width = a.width or config.sample_size * self.vae_scale_factor
         a.num_images_per_prompt = a.num_images_per_prompt or 1
         a.callback, a.callback_steps = getattr(a, "callback", None), getattr(a, "callback_steps", None)
         self.check_inputs(**{name: getattr(a, name) for name in inspect.signature(self.check_inputs).parameters})
-        check_scheduler(self.scheduler)
-        if self.unet.config.in_channels not in channels:
+        self._check_scheduler(self.scheduler)
+        if config.in_channels not in channels:
+            network = {"unet": "UNet"}.get(self._denoiser_name, self._denoiser_name)
             raise ValueError(
-                f"the UNet takes {self.unet.config.in_channels} channels; expected "
+                f"the {network} takes {config.in_channels} channels; expected "
                 f"{channels[0]}{''.join(f', or {n} (inpainting)' for n in channels[1:])}."
             )
-        self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
-        self._cross_attention_kwargs, self._interrupt = a.cross_attention_kwargs, False
+        self._guidance_scale, self._clip_skip, self._interrupt = a.guidance_scale, a.clip_skip, False
+        self._remember(a)
 
-    def _embed(self, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
-        """Prompt embeddings, negative ones first under guidance; and the negative ones alone."""
-        positive, negative = self.encode_prompt(
-            a.prompt,
-            self._execution_device,
-            a.num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            a.negative_prompt,
-            prompt_embeds=a.prompt_embeds,
-            negative_prompt_embeds=a.negative_prompt_embeds,
-            lora_scale=(a.cross_attention_kwargs or {}).get("scale"),
-            clip_skip=a.clip_skip,
-        )
-        return (torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive), negative
+    def _remember(self, a: SimpleNamespace) -> None:
+        """What the stock pipeline's properties tell whoever calls back."""
+        self._cross_attention_kwargs = a.cross_attention_kwargs
 
-    def _prior(self, a: SimpleNamespace, prompt_embeds: Tensor, batch: int) -> StableDiffusionPrior:
+    def _timesteps(self, a: SimpleNamespace, count: int) -> tuple[Tensor, int]:
+        """The scheduler's time steps, explicit ones if there are any, and the number of steps that they are for."""
+        return retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
+
+    def _embed(self, a: SimpleNamespace) -> dict[str, Tensor | None]:
+        """What the prompts give the network."""
+        positive, negative = self._encode_prompt(a)
+        return {"prompt_embeds": self._rows(negative, positive), "negative_prompt_embeds": negative}
+
+    def _encode_prompt(self, a: SimpleNamespace) -> tuple[Tensor | None, ...]:
+        """What the stock pipeline makes of the prompts, for every image."""
+        given = {
+            **vars(a),
+            "device": self._execution_device,
+            "do_classifier_free_guidance": self.do_classifier_free_guidance,
+            "lora_scale": (getattr(a, "cross_attention_kwargs", None) or {}).get("scale"),
+        }
+        return self.encode_prompt(**{name: given[name] for name in inspect.signature(self.encode_prompt).parameters})
+
+    def _rows(self, negative: Tensor | None, positive: Tensor) -> Tensor:
+        """As the stock pipelines concatenate them: under guidance the negative ones first."""
+        return torch.cat([negative, positive]) if self.do_classifier_free_guidance else positive
+
+    def _prior(self, a: SimpleNamespace, tensors: dict, batch: int) -> GuidedPrior:
+        prior = self._new_prior(self._conditions(a, batch))
+        self._condition(prior, tensors)
+        return prior
+
+    def _conditions(self, a: SimpleNamespace, batch: int) -> list[dict]:
+        """What else the network takes: for the negative prompt under guidance, and for the prompt."""
         shared = {"cross_attention_kwargs": a.cross_attention_kwargs}
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor(self.guidance_scale - 1).repeat(batch)
             embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
             shared["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
-        conditions = [dict(shared) for _ in range(1 + self.do_classifier_free_guidance)]  # negative first
+        conditions = [dict(shared) for _ in range(1 + self.do_classifier_free_guidance)]
         if a.ip_adapter_image is not None or a.ip_adapter_image_embeds is not None:
             embeds = self.prepare_ip_adapter_image_embeds(
                 a.ip_adapter_image,
@@ -105,16 +148,27 @@ class SolvingMixin:
             )
             for condition, *own in zip(conditions, *(e.chunk(len(conditions)) for e in embeds), strict=True):
                 condition["added_cond_kwargs"] = {"image_embeds": own}
-        prior = StableDiffusionPrior(
-            unet=self.unet,
+        return conditions
+
+    def _new_prior(self, conditions: list[dict]) -> GuidedPrior:
+        """The prior of this pipeline's networks; two conditions are the negative prompt's and the prompt's."""
+        return self._prior_class(
+            **{self._denoiser_name: self._denoiser},
             vae=self.vae,
             scheduler=self.scheduler,
             condition=conditions[-1],
-            negative=conditions[0] if self.do_classifier_free_guidance else None,
+            negative=conditions[0] if len(conditions) > 1 else None,
             guidance_scale=self.guidance_scale,
         )
-        set_prompt(prior, prompt_embeds)
-        return prior
+
+    def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
+        """Give the prior what callbacks may have changed."""
+        for condition, embeds in sides(prior, tensors["prompt_embeds"]):
+            condition["encoder_hidden_states"] = embeds
+
+    def _noise(self, a: SimpleNamespace, like: Tensor) -> Tensor:
+        """x_T (B, c, h, w) float32 of noise alone, in the scaling of the scheduler's first level."""
+        return start_noise(a, like) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def _vml(
         self,
@@ -172,15 +226,16 @@ class SolvingMixin:
         tensors.update({name: changed[name] for name in tensors if name in changed})
         self._condition(prior, tensors)
 
-    def _condition(self, prior: StableDiffusionPrior, tensors: dict) -> None:
-        """Give the prior what callbacks may have changed."""
-        set_prompt(prior, tensors["prompt_embeds"])
-
-    def _hand_out(self, image: Tensor, output_type: str, dtype: torch.dtype) -> tuple:
-        """Images (B, 3, H, W) in [0, 1] after the safety check, in the output type; and its flags."""
+    def _screen(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
+        """Images (B, 3, H, W) in [0, 1] after the safety check, and its flags."""
         _, flagged = self.run_safety_checker(2 * image - 1, image.device, dtype)
         if flagged is not None:  # flagged images come back black, as stock returns them; the others stay as they are
             image = image * (1 - torch.as_tensor(flagged).to(image).reshape(-1, 1, 1, 1))
+        return image, flagged
+
+    def _hand_out(self, image: Tensor, output_type: str, dtype: torch.dtype) -> tuple:
+        """Images (B, 3, H, W) in [0, 1], screened, in the output type; and the safety check's flags."""
+        image, flagged = self._screen(image, dtype)
         if output_type == "pt":
             return image, flagged
         if output_type == "np":
@@ -192,15 +247,14 @@ class SolvingMixin:
         self.maybe_free_model_hooks()
         if return_dict:
             return VMLPipelineOutput(images=images, nsfw_content_detected=flagged, report=report)
-        return (images, flagged) if report is None else (images, flagged, report)
+        result = (images, flagged) if hasattr(self, "run_safety_checker") else (images,)
+        return result if report is None else (*result, report)
 
 
-def set_prompt(prior: StableDiffusionPrior, prompt_embeds: Tensor) -> None:
-    """Prompt embeddings as the stock pipeline concatenates them: under guidance the negative ones first."""
-    if prior.negative is None:
-        prior.condition["encoder_hidden_states"] = prompt_embeds
-    else:
-        prior.negative["encoder_hidden_states"], prior.condition["encoder_hidden_states"] = prompt_embeds.chunk(2)
+def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
+    """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
+    conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
+    return zip(conditions, rows.chunk(len(conditions)), strict=True)
 
 
 def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor, prior: Metered) -> Measured:
@@ -241,7 +295,7 @@ def tell(
     solution: Solution,
     measured: Measured,
     noise_std: Tensor,
-    prior: StableDiffusionPrior,
+    prior: GuidedPrior,
     chosen: Settings,
     *,
     levels: int,

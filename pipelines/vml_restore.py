@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import scheduler_levels
-from vml_ldm.operators import Measurement
-from vml_ldm.pipelines._common import (
-    STARTS,
-    Settings,
-    check_generators,
-    check_one_of,
-    check_std,
-    count_prompts,
-    each,
-    own,
-    settings,
-    to_y,
-)
-from vml_ldm.pipelines._solving import Measured, SolvingMixin, VMLPipelineOutput, measure, start_noise, tell
-from vml_ldm.red import RedDiff, red_diff_levels, visits_of
-from vml_ldm.report import Report
-from vml_ldm.solve import Level, Levels, Metered, conclude
-
-SOLVERS = ("vml", "red-diff")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+from vml_ldm.pipelines._restoring import RestoringMixin
+from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.red import RedDiff
 
 
-class VMLRestorePipeline(SolvingMixin, StableDiffusionPipeline):
+class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion 1.x or 2.x text-to-image checkpoint.
 
     The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`.
@@ -121,104 +99,4 @@ class VMLRestorePipeline(SolvingMixin, StableDiffusionPipeline):
                 this size to y's shape, before any network runs.
             NonFiniteError: a network gives NaN or infinity in float32 too.
         """
-        a = SimpleNamespace(**{name: own(value) for name, value in locals().items() if name != "self"})
-        with torch.inference_mode(False), torch.no_grad():
-            images, flagged, report = self._solve(a, _choose(a))
-        return self._give_back(images, flagged, report if return_report else None, return_dict)
-
-    def _solve(self, a: SimpleNamespace, chosen: Settings) -> tuple[Any, list[bool] | None, Report]:
-        """Images in the output type, safety flags, and the report."""
-        started = time.perf_counter()
-        self._check(a, (self.vae.config.latent_channels,))
-        observed, noise_std = self._observe(a)
-        timesteps, levels, chosen = self._levels(a, chosen)
-        guess = observed.guess((a.height, a.width))
-        prompt_embeds, negative_prompt_embeds = self._embed(a)
-        tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        with self._prior(a, prompt_embeds, len(guess)) as prior:
-            metered = Metered(prior)
-            measured = measure(a.operator, observed.y, noise_std, guess, a.operator(guess), metered)
-            solving = self._begin(a, measured, levels, chosen, metered)
-            latent, trace = self._follow(a, solving, self.num_timesteps, timesteps, tensors, metered)
-            solution = conclude(latent, trace, metered, measured.measurement, started)
-        about = {"levels": self.num_timesteps, "preset": a.preset, "solver": a.solver}
-        report = tell(solution, measured, noise_std, prior, chosen, **about)
-        if a.output_type == "latent":
-            return solution.latent, None, report
-        return *self._hand_out(solution.image, a.output_type, prompt_embeds.dtype), report
-
-    def _observe(self, a: SimpleNamespace) -> tuple[Measurement, Tensor]:
-        """y for every image of the batch with its operator, checked; and the noise, (B,)."""
-        if not callable(a.operator):
-            raise TypeError(
-                f"`operator` is {type(a.operator).__name__}; expected a callable image -> y, such as those of "
-                "vml_ldm.operators."
-            )
-        y = to_y(a.y)
-        y = each(y, count_prompts(a, len(y)), a.num_images_per_prompt, "y").to(self._execution_device)
-        check_generators(a.generator, len(y))
-        latent = (self.vae.config.latent_channels, a.height // self.vae_scale_factor, a.width // self.vae_scale_factor)
-        if a.latents is not None and a.latents.shape != (len(y), *latent):
-            raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {(len(y), *latent)}.")
-        observed = Measurement(a.operator, y, 1.0)
-        observed.check((a.height, a.width))
-        return observed, check_std(a.sigma_y, len(y), y.device)
-
-    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, Settings]:
-        """The time steps that callbacks see, the levels, and the settings with the inner steps at each."""
-        steps = a.num_inference_steps
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
-        count, inner_steps = chosen.split(steps)
-        timesteps, _ = retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
-        levels = scheduler_levels(self.scheduler, timesteps, chosen.renoise)
-        if a.solver == "red-diff":
-            self._num_timesteps, inner_steps = len(visits_of(a.red.order, levels)), 1  # of its optimiser
-        else:
-            self._num_timesteps = len(levels)
-        return timesteps, levels, replace(chosen, inner_steps=inner_steps)
-
-    def _begin(
-        self, a: SimpleNamespace, measured: Measured, levels: Levels, chosen: Settings, prior: Metered
-    ) -> Iterator[Level]:
-        """The solver, about to start."""
-        if a.solver == "vml":
-            x_T = self._start(a, levels, measured.latent)
-            return self._vml(a, x_T, prior, measured.measurement, levels, chosen)
-        mu = measured.latent if a.start == "measurement" else start_noise(a, measured.latent)
-        shared = {"prior": prior, "measurement": measured.measurement, "schedule": levels, "generator": a.generator}
-        return red_diff_levels(mu, **shared, **vars(a.red))
-
-    def _start(self, a: SimpleNamespace, levels: Levels, z: Tensor) -> Tensor:
-        """x_T (B, c, h, w) float32: noise, or the latent z noised to the first level."""
-        noise = start_noise(a, z)
-        if a.start == "noise":
-            return noise * float(self.scheduler.init_noise_sigma)
-        alpha, sigma = levels.scales(0)
-        return alpha * z + sigma * noise
-
-
-def _choose(a: SimpleNamespace) -> Settings:
-    """The settings of a call; its choices are checked, and those left open are made."""
-    check_one_of("solver", a.solver, SOLVERS)
-    check_one_of("output_type", a.output_type, OUTPUT_TYPES)
-    a.start = a.start or ("noise" if a.solver == "vml" else "measurement")
-    check_one_of("start", a.start, STARTS)
-    a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise")}
-    if a.solver == "vml":
-        if a.red is not None:
-            raise ValueError("`red` came with solver='vml'; expected solver='red-diff', or no `red`.")
-        return settings(a.preset, **given)
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} is {value!r} with solver='red-diff', which has none; its settings are in `red`.")
-    if a.latents is not None and a.start == "measurement":
-        raise ValueError(
-            "`latents` came with start='measurement' and solver='red-diff', which does not noise it; "
-            "expected start='noise', or no `latents`."
-        )
-    a.red = RedDiff() if a.red is None else a.red
-    if not isinstance(a.red, RedDiff):
-        raise TypeError(f"`red` is {type(a.red).__name__}; expected a vml_ldm.RedDiff.")
-    return settings(a.preset, inner_steps=0, jacobian="free")  # one denoiser evaluation at each level
+        return self._restore(locals())

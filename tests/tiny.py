@@ -6,18 +6,30 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from vml_ldm.assets import bundled_model
 
 
-def unet(in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
+def unet(in_channels: int = 4, seed: int = 0, **options) -> UNet2DConditionModel:
     torch.manual_seed(seed)
+    options = {"cross_attention_dim": 128, "attention_head_dim": 4, **options}
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
@@ -26,22 +38,21 @@ def unet(in_channels: int = 4, seed: int = 0) -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
         norm_num_groups=4,
+        **options,
     ).eval()
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+def vae(seed: int = 0, **options) -> AutoencoderKL:
     torch.manual_seed(seed)
+    options = {"latent_channels": 4, "scaling_factor": 0.18215, **options}
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=64,
-        scaling_factor=0.18215,
+        **options,
     ).eval()
 
 
@@ -90,11 +101,11 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(bundled_model(), subfolder="tokenizer")
 
 
-def text_encoder(seed: int = 0) -> CLIPTextModel:
+def text_encoder(seed: int = 0, cls=CLIPTextModel, width: int = 128, layers: int = 1, **options) -> CLIPTextModel:
     torch.manual_seed(seed)
-    width = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
     words = {"vocab_size": 1742, "max_position_embeddings": 32, "bos_token_id": 1740, "eos_token_id": 1741}
-    return CLIPTextModel(CLIPTextConfig(**width, **words, pad_token_id=1741)).eval()
+    return cls(CLIPTextConfig(**size, **words, pad_token_id=1741, **options)).eval()
 
 
 def components() -> dict:
@@ -106,6 +117,78 @@ def components() -> dict:
         "tokenizer": tokenizer(),
         "scheduler": scheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False),
         **none,
+    }
+
+
+def xl_components(in_channels: int = 4, scores: bool = False) -> dict:
+    """Every component of a Stable Diffusion XL pipeline, for images of 64 x 64 pixels.
+
+    Args:
+        scores: a refiner, which has one text encoder and takes an aesthetic score.
+    """
+    pooled, time_ids = 16, 5 if scores else 6
+    sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 8 * time_ids + pooled,
+        "cross_attention_dim": 32 if scores else 64,
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+    }
+    projected = {"cls": CLIPTextModelWithProjection, "projection_dim": pooled, "hidden_act": "gelu"}
+    return {
+        "unet": unet(in_channels, **sizes),
+        "vae": vae(scaling_factor=0.13025, force_upcast=True),
+        "text_encoder": None if scores else text_encoder(1, width=32, layers=2),
+        "tokenizer": None if scores else tokenizer(),
+        "text_encoder_2": text_encoder(2, width=32, layers=2, **projected),
+        "tokenizer_2": tokenizer(),
+        "scheduler": scheduler(cls=EulerDiscreteScheduler, timestep_spacing="leading", steps_offset=1),
+    }
+
+
+def sd3_components(in_channels: int = 16, t5: bool = True, **flow) -> dict:
+    """Every component of a Stable Diffusion 3 pipeline, for images of 64 x 64 pixels.
+
+    Args:
+        t5: with the third text encoder, which a user may leave out.
+        flow: configuration of the scheduler.
+    """
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=in_channels,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        out_channels=16,
+        pos_embed_max_size=16,
+    ).eval()
+    size = {"d_model": 48, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 30}
+    alphabet = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(ord("a"), ord("z") + 1))]
+    words = T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(alphabet)], extra_ids=0)
+    projected = {"cls": CLIPTextModelWithProjection, "width": 16, "layers": 2, "projection_dim": 16}
+    return {
+        "transformer": transformer,
+        "vae": vae(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        "text_encoder": text_encoder(1, **projected),
+        "tokenizer": tokenizer(),
+        "text_encoder_2": text_encoder(2, hidden_act="gelu", **projected),
+        "tokenizer_2": tokenizer(),
+        "text_encoder_3": T5EncoderModel(T5Config(**size)).eval() if t5 else None,
+        "tokenizer_3": words if t5 else None,
+        "scheduler": FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **flow}),
     }
 
 

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     )
     from vml_ldm.optimize import InnerStep
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+    from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
+    from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
     from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+    from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
     from vml_ldm.pixels import CallablePrior, karras_scales
     from vml_ldm.red import RedDiff, red_diff
     from vml_ldm.solve import Levels, Solution, vml_map
@@ -68,7 +71,10 @@ __all__ = [
     "Solution",
     "Subsample",
     "VMLInpaintPipeline",
+    "VMLInpaintSD3Pipeline",
+    "VMLInpaintXLPipeline",
     "VMLRestorePipeline",
+    "VMLRestoreXLPipeline",
     "__version__",
     "bundled_model",
     "from_physics",
@@ -92,7 +98,10 @@ _NAMES = {
     ],
     "optimize": ["InnerStep"],
     "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
+    "pipelines.vml_inpaint_sd3": ["VMLInpaintSD3Pipeline"],
+    "pipelines.vml_inpaint_xl": ["VMLInpaintXLPipeline"],
     "pipelines.vml_restore": ["VMLRestorePipeline"],
+    "pipelines.vml_restore_xl": ["VMLRestoreXLPipeline"],
     "pixels": ["CallablePrior", "karras_scales"],
     "red": ["RedDiff", "red_diff"],
     "solve": ["Levels", "Solution", "vml_map"],

@@ -7,7 +7,6 @@ state says nothing of z0: a solver takes the estimate there as it is, without in
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...solve import Levels

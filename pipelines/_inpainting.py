@@ -1,0 +1,228 @@
+"""What the inpainting pipelines share: the stock call or ours, the known pixels as a measurement, the paste."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import PIL.Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vml_ldm.adapters.diffusers import GuidedPrior
+from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
+from vml_ldm.operators import Mask
+from vml_ldm.pipelines._common import (
+    STARTS,
+    Settings,
+    check_generators,
+    check_one_of,
+    check_std,
+    count_prompts,
+    each,
+    own,
+    settings,
+    to_known,
+    to_pixels,
+)
+from vml_ldm.pipelines._solving import Measured, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.solve import Levels, Metered, Solution, conclude
+
+SOLVERS = ("vml", "none")
+
+
+class _Frame(NamedTuple):
+    """What is solved for: pixels (B, 3, H, W) in [0, 1], known (B, 1, H, W), and how to lay it over the original."""
+
+    pixels: Tensor
+    known: Tensor
+    overlay: Callable[[list[PIL.Image.Image]], list[PIL.Image.Image]] | None
+
+
+class InpaintingMixin:
+    """A stock inpainting pipeline's call, solved by VML-MAP. Mixed in before the family's solving mixin."""
+
+    def _inpaint(self, stock_call: Callable, given: dict) -> VMLPipelineOutput | tuple:
+        """The stock pipeline's result with solver="none", otherwise ours.
+
+        Args:
+            stock_call: the stock pipeline's, bound.
+            given: our call's arguments by name, of which the stock ones go on to `stock_call`.
+        """
+        parameters = inspect.signature(stock_call).parameters.values()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        more = given.get("kwargs", {})
+        stock = {name: own(given[name]) for name in names} | more
+        check_one_of("solver", given["solver"], SOLVERS)
+        check_one_of("start", given["start"], STARTS)
+        if given["solver"] == "none":
+            if given["return_report"]:
+                raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
+            return stock_call(**stock)
+        unknown = set(more) - {"callback", "callback_steps"}
+        if unknown:
+            raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
+        preset = given["preset"]
+        chosen = settings(preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise")})
+        a = SimpleNamespace(**stock, start=given["start"])
+        with torch.inference_mode(False), torch.no_grad():
+            images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
+        return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
+
+    def _solve(self, a: SimpleNamespace, chosen: Settings, preset: str, sigma_y, paste: bool):
+        """Images in the output type, safety flags, and the report."""
+        started, channels = time.perf_counter(), self.vae.config.latent_channels
+        self._check(a, (channels, 2 * channels + 1))
+        frame, batch = self._frame(a)
+        if not frame.known.any():
+            chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
+        timesteps, levels, inner_steps = self._levels(a, chosen)
+        chosen = replace(chosen, inner_steps=inner_steps)
+        noise_std = check_std(sigma_y, batch, self._execution_device)
+        tensors = self._embed(a)
+        dtype = tensors["prompt_embeds"].dtype
+        with self._prior(a, tensors, batch) as prior:
+            metered = Metered(prior)
+            measured = _measure(frame, noise_std, metered)
+            x_T = self._start(a, levels, frame, measured.latent, metered)
+            self._add_mask(tensors, a, frame, prior)
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
+            latent, trace = self._follow(a, solving, len(levels), timesteps, tensors, metered)
+            solution = conclude(latent, trace, metered, measured.measurement, started)
+        report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
+        return *self._finish(a, frame, solution, paste, dtype), report
+
+    def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
+        """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""
+        size = {"height": a.height, "width": a.width}
+        overlay = None
+        if a.padding_mask_crop is not None:
+            size |= {"resize_mode": "fill", "crops_coords": self._crop(a)}
+            overlay = self._overlay(a, size["crops_coords"])
+        pixels = to_pixels(self._decoded(a.image), self._processor(), **size)
+        known = to_known(a.mask_image, self._processor(do_convert_grayscale=True), **size)
+        if pixels.shape[2:] != known.shape[2:]:
+            raise ValueError(
+                f"`image` has {tuple(pixels.shape[2:])} pixels and `mask_image` {tuple(known.shape[2:])}; "
+                "expected the same. Resize one of them."
+            )
+        prompts = count_prompts(a, max(len(pixels), len(known)))
+        pixels = each(pixels, prompts, a.num_images_per_prompt, "image").to(self._execution_device)
+        known = each(known, prompts, a.num_images_per_prompt, "mask_image").to(self._execution_device)
+        batch = len(pixels)
+        check_generators(a.generator, batch)
+        return _Frame(pixels, known, overlay), batch
+
+    def _processor(self, **options) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False, **options)
+
+    def _decoded(self, image):
+        """Image latents, which stock takes too, as pixels; anything else as it is."""
+        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == self.vae.config.latent_channels:
+            with self._new_prior([{}]) as prior:
+                return prior.decode(image.to(self._execution_device, torch.float32)).clamp(0, 1)
+        return image
+
+    def _crop(self, a: SimpleNamespace) -> tuple[int, int, int, int] | None:
+        """The part of the image that `padding_mask_crop` solves for; None (all of it) when nothing is painted."""
+        if not all(isinstance(image, PIL.Image.Image) for image in (a.image, a.mask_image)):
+            raise ValueError(
+                f"`padding_mask_crop` came with an image that is {type(a.image).__name__} and a mask that is "
+                f"{type(a.mask_image).__name__}; expected PIL images, one of each."
+            )
+        a.image, a.mask_image = upright_rgb(a.image), upright_mask(a.mask_image)
+        if a.image.size != a.mask_image.size:
+            raise ValueError(
+                f"`padding_mask_crop` came with an image of {a.image.size} and a mask of {a.mask_image.size} pixels; "
+                "expected the same size. Resize one of them."
+            )
+        if a.mask_image.getbbox() is None:
+            return None
+        return self.mask_processor.get_crop_region(a.mask_image, a.width, a.height, pad=a.padding_mask_crop)
+
+    def _overlay(self, a: SimpleNamespace, crop):
+        return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
+
+    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, int]:
+        """The time steps that callbacks see, the levels, and the inner steps at each.
+
+        At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
+        the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
+        """
+        steps = round(a.num_inference_steps * a.strength)
+        if getattr(a, "timesteps", None) is None and a.sigmas is None and steps < 1:
+            raise ValueError(
+                f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
+                "Raise strength or num_inference_steps."
+            )
+        levels, inner_steps = chosen.split(steps)
+        timesteps, count = self._timesteps(a, round(levels / a.strength) if a.strength > 0 else levels)
+        kept = round(count * a.strength)
+        if kept < 1:
+            raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
+        self._num_timesteps = kept
+        timesteps = timesteps[(count - kept) * self.scheduler.order :]
+        return timesteps, self._scheduler_levels(self.scheduler, timesteps, chosen.renoise), inner_steps
+
+    def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
+        """x_T (B, c, h, w) float32: noise, or the image's or the measurement's latents noised to the first level."""
+        if a.strength == 1.0 and a.start == "noise":
+            return self._noise(a, z_y)
+        alpha, sigma = levels.scales(0)
+        return alpha * (z_y if a.strength == 1.0 else prior.encode(frame.pixels)) + sigma * start_noise(a, z_y)
+
+    def _add_mask(self, tensors: dict, a: SimpleNamespace, frame: _Frame, prior: GuidedPrior) -> None:
+        """Mask and masked latents where callbacks ask for them or an inpainting checkpoint is fed them."""
+        inpainting = self._denoiser.config.in_channels != self.vae.config.latent_channels
+        asked = {"mask", "masked_image_latents"} & set(a.callback_on_step_end_tensor_inputs)
+        if not (inpainting or (a.callback_on_step_end is not None and asked)):
+            return
+        painted = (frame.known < 0.5).to(frame.known)
+        latents = self._masked_latents(a, frame.pixels * (1 - painted) + 0.5 * painted, prior)
+        for name, rows in (("mask", interpolate(painted, size=latents.shape[2:])), ("masked_image_latents", latents)):
+            rows = rows.to(tensors["prompt_embeds"])
+            tensors[name] = self._rows(rows, rows)
+        if inpainting:
+            _set_inpainting(prior, tensors)
+
+    def _masked_latents(self, a: SimpleNamespace, masked: Tensor, prior: GuidedPrior) -> Tensor:
+        """(B, c, h, w), of the image with its painted part grey, or `masked_image_latents`: latents, or such images."""
+        given = a.masked_image_latents
+        if given is None:
+            return prior.encode(masked)
+        copies = a.num_images_per_prompt
+        given = each(given.to(masked), len(masked) // copies, copies, "masked_image_latents")
+        return given if given.shape[1] == self.vae.config.latent_channels else prior.encode(given / 2 + 0.5)
+
+    def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
+        super()._condition(prior, tensors)
+        if prior.inpainting is not None:
+            _set_inpainting(prior, tensors)
+
+    def _finish(self, a: SimpleNamespace, frame: _Frame, solution: Solution, paste: bool, dtype: torch.dtype):
+        """Paste, safety check, output type: (images, flags)."""
+        if a.output_type == "latent":
+            return solution.latent, None
+        image = seamless(frame.pixels, solution.image, frame.known) if paste else solution.image
+        images, flagged = self._hand_out(image, a.output_type, dtype)
+        laid_over = frame.overlay is not None and a.output_type not in ("pt", "np")
+        return (frame.overlay(images) if laid_over else images), flagged
+
+
+def _set_inpainting(prior: GuidedPrior, tensors: dict) -> None:
+    """Mask and masked latents for an inpainting checkpoint; they come twice under guidance."""
+    channels = torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
+    prior.inpainting = channels if prior.negative is None else channels.chunk(2)[1]
+
+
+def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> Measured:
+    """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them."""
+    operator = Mask(frame.known)
+    y = operator(frame.pixels)
+    return measure(operator, y, noise_std, fill_holes(frame.pixels, frame.known), y, prior)
