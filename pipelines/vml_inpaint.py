@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import PIL.Image
 import torch
@@ -33,7 +33,16 @@ from vml_ldm.pipelines._common import (
     to_known,
     to_pixels,
 )
-from vml_ldm.pipelines._solving import Measured, SolvingMixin, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.pipelines._solving import (
+    GRADIENT_VAE,
+    Measured,
+    SolvingMixin,
+    VMLPipelineOutput,
+    measure,
+    start_noise,
+    tell,
+    with_gradient_vae,
+)
 from vml_ldm.solve import Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
@@ -58,8 +67,11 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
     The known pixels are a measurement ``y = m * x0`` at full resolution, and the decoder is part of the operator: at
     each noise level the latent descends the variational mode-seeking loss (`vml_ldm.objective`), then moves to the
     next level. Loading, components and every argument are those of `StableDiffusionInpaintPipeline`; white is
-    repainted.
+    repainted. One component is added, see `gradient_vae` in `SolvingMixin`.
     """
+
+    _optional_components: ClassVar = [*StableDiffusionInpaintPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusionInpaintPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -99,6 +111,7 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
+        use_gradient_vae: bool | None = None,
         paste: bool = True,
         return_report: bool = False,
         **kwargs,
@@ -130,6 +143,9 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
+            use_gradient_vae: draw with the component `gradient_vae`, a small decoder of the same latents (an
+                `AutoencoderTiny`; the bundled checkpoint has one), at all levels but the last. None: if there is one
+                and the Jacobian is exact.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.
@@ -154,9 +170,16 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
         unknown = set(kwargs) - {"callback", "callback_steps"}
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
-        chosen = settings(preset, jacobian=jacobian, inner_steps=inner_steps, renoise=renoise)
+        ours = {
+            "jacobian": jacobian,
+            "inner_steps": inner_steps,
+            "renoise": renoise,
+            "use_gradient_vae": use_gradient_vae,
+        }
+        chosen = settings(preset, **ours)
         with torch.inference_mode(False), torch.no_grad():
-            images, flagged, report = self._solve(SimpleNamespace(**stock, start=start), chosen, preset, sigma_y, paste)
+            a = SimpleNamespace(**stock, start=start, use_gradient_vae=use_gradient_vae)
+            images, flagged, report = self._solve(a, chosen, preset, sigma_y, paste)
         return self._give_back(images, flagged, report if return_report else None, return_dict)
 
     def _solve(self, a: SimpleNamespace, chosen: Settings, preset: str, sigma_y, paste: bool):

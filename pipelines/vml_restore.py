@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -27,7 +27,16 @@ from vml_ldm.pipelines._common import (
     settings,
     to_y,
 )
-from vml_ldm.pipelines._solving import Measured, SolvingMixin, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.pipelines._solving import (
+    GRADIENT_VAE,
+    Measured,
+    SolvingMixin,
+    VMLPipelineOutput,
+    measure,
+    start_noise,
+    tell,
+    with_gradient_vae,
+)
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, conclude
@@ -39,8 +48,12 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class VMLRestorePipeline(SolvingMixin, StableDiffusionPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion 1.x or 2.x text-to-image checkpoint.
 
-    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`.
+    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`, and one more,
+    see `gradient_vae` in `SolvingMixin`.
     """
+
+    _optional_components: ClassVar = [*StableDiffusionPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusionPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -76,6 +89,7 @@ class VMLRestorePipeline(SolvingMixin, StableDiffusionPipeline):
         jacobian: str | None = None,
         inner_steps: int | None = None,
         renoise: float | None = None,
+        use_gradient_vae: bool | None = None,
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -107,7 +121,7 @@ class VMLRestorePipeline(SolvingMixin, StableDiffusionPipeline):
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level. None: "noise"
                 for VML, "measurement" for RED-diff.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
-            jacobian, inner_steps, renoise: of VML, as for `VMLInpaintPipeline`. None: the preset's.
+            jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 
@@ -205,7 +219,7 @@ def _choose(a: SimpleNamespace) -> Settings:
     a.start = a.start or ("noise" if a.solver == "vml" else "measurement")
     check_one_of("start", a.start, STARTS)
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise")}
+    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
     if a.solver == "vml":
         if a.red is not None:
             raise ValueError("`red` came with solver='vml'; expected solver='red-diff', or no `red`.")

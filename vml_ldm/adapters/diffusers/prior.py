@@ -71,12 +71,12 @@ class StableDiffusionPrior(LatentPrior):
 
     def _encode(self, image: Tensor) -> Tensor:
         moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
-        return (moments.latent_dist.mode().to(image.dtype) - self._shift) * self.vae.config.scaling_factor
+        return (moments.latent_dist.mode().to(image.dtype) - _shift(self.vae)) * self.vae.config.scaling_factor
 
-    def _decode(self, z: Tensor) -> Tensor:
-        latent = z / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(latent.to(self._guard.dtype(self.vae)), return_dict=False)[0].to(z.dtype) / 2 + 0.5
+    def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
+        latent = z / vae.config.scaling_factor + _shift(vae)
+        return vae.decode(latent.to(self._guard.dtype(vae)), return_dict=False)[0].to(z.dtype) / 2 + 0.5
 
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+def _shift(vae: nn.Module) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
