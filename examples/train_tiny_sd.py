@@ -27,7 +27,7 @@ import diffusers
 import emoji_data as data
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
-EMPTY, MADE_UP, WRONG = 0.12, 0.25, 0.12  # shares of prompts that are empty, have made-up words, are another image's
+EMPTY, MADE_UP, WRONG = 0.12, 0.25, 0.2  # shares of prompts that are empty, have made-up words, are another image's
 TRAIN_SHEET = (
     "red heart",
     "rocket",
@@ -307,6 +307,53 @@ def tune_decoder(args, vae: AutoencoderKL, train: list[data.Item], validation: l
     vae.decoder, vae.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]
 
 
+def new_tiny_vae() -> AutoencoderTiny:
+    """A decoder of 0.3 M parameters and an encoder of 0.1 M, of the latents as the UNet sees them (scaled)."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(1, 1, 1, 1),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_decoder_blocks=(4, 4, 2, 0),  # none at full size, where most of the time goes
+    )
+
+
+def train_tiny_vae(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> AutoencoderTiny:
+    """Distil the finished autoencoder: the decoder that takes its place for a solver's gradients.
+
+    A solver decodes the estimates of noisy levels too, so the decoder also learns latents with some noise, and blends
+    of two images' latents.
+    """
+    torch.manual_seed(data.SEED)
+    modules = {"tiny_vae": new_tiny_vae().to(memory_format=torch.channels_last)}
+    run = Run("tiny_vae", modules, args, args.tiny_minutes, 2e-3)
+    if run.progress < 1 and not args.export_only:
+        rng = random.Random(data.SEED + run.step)
+        originals, weights = data.load_originals(train), data.sampling_weights(train)
+        checks = data.untouched(validation[::4])
+        scale = vae.config.scaling_factor
+        torch.manual_seed(data.SEED + run.step)
+
+        def loss_of(modules, images):
+            with torch.no_grad(), bfloat16():
+                mean = vae.encode(images).latent_dist.mode() * scale
+                blend = (torch.rand(len(mean), 1, 1, 1) - 0.5).clamp(min=0)  # none for half of the images
+                z = mean.lerp(mean.roll(1, 0), blend) + 0.2 * torch.rand_like(blend) * torch.randn_like(mean)
+                target = vae.decode(z / scale).sample
+            with bfloat16():
+                decoded, encoded = modules["tiny_vae"].decode(z).sample, modules["tiny_vae"].encode(images).latents
+            loss, mse = image_loss(decoded.float() - target.float())
+            return loss + 0.1 * (encoded.float() - mean.float()).square().mean(), mse
+
+        @torch.no_grad()
+        def check() -> dict:
+            latents = [vae.encode(part).latent_dist.mode() * scale for part in checks.split(8)]
+            decoded = torch.cat([run.ema["tiny_vae"].decode(part).sample for part in latents])
+            return {"validation_psnr": psnr(decoded, checks).mean().item()}
+
+        run.fit(lambda: run.update(loss_of, vae_batch(originals, weights, 1.0, rng)), check)
+    return run.ema["tiny_vae"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -563,7 +610,7 @@ def round_trip_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor
 
 def export(models: dict, folder: Path) -> None:
     """The Stable Diffusion 1.x layout: float16 UNet and VAE, float32 text encoder (transformers keeps its type)."""
-    for name in ("unet", "vae"):
+    for name in ("unet", "vae", "gradient_vae"):
         module = copy.deepcopy(models[name]).half()
         module.save_pretrained(folder / name)
     models["text_encoder"].save_pretrained(folder / "text_encoder")
@@ -636,6 +683,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
     parser.add_argument("--decoder-minutes", type=float, default=0, help="then train the decoder alone for so long")
+    parser.add_argument("--tiny-minutes", type=float, default=8, help="for the small decoder of the gradients")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -653,6 +701,7 @@ def main() -> None:
     models = train_diffusion(args, vae, train, validation)
     if args.decoder_minutes:
         tune_decoder(args, vae, train, validation)
+    models["gradient_vae"] = train_tiny_vae(args, vae, train, validation)
     output = args.output or args.work / "export"
     export(models, output)
     report(output, held_out)

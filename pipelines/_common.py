@@ -28,6 +28,8 @@ class Settings:
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
+        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one and
+            the Jacobian is exact (the pull-back through the denoiser filters what the small decoder gets wrong).
     """
 
     budget: float
@@ -36,6 +38,7 @@ class Settings:
     jacobian: str = "exact"
     renoise: float = 1.0
     stop_at: float = 1.0
+    use_gradient_vae: bool | None = None
 
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.

@@ -69,8 +69,10 @@ class InpaintingMixin:
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
         preset = given["preset"]
-        chosen = settings(preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise")})
-        a = SimpleNamespace(**stock, start=given["start"])
+        chosen = settings(
+            preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
+        )
+        a = SimpleNamespace(**stock, start=given["start"], use_gradient_vae=given["use_gradient_vae"])
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)

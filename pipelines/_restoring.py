@@ -121,7 +121,7 @@ def _choose(a: SimpleNamespace) -> Settings:
     a.start = a.start or ("noise" if a.solver == "vml" else "measurement")
     check_one_of("start", a.start, STARTS)
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise")}
+    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
     if a.solver == "vml":
         if a.red is not None:
             raise ValueError("`red` came with solver='vml'; expected solver='red-diff', or no `red`.")

@@ -19,12 +19,14 @@ negative prompts' rows come first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -37,6 +39,7 @@ from vml_ldm.pipelines._common import Settings
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, Solution, noise_like, record, vml_levels
 
+GRADIENT_VAE = "gradient_vae"
 _VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
@@ -63,8 +66,29 @@ class Measured(NamedTuple):
     latent: Tensor
 
 
+def with_gradient_vae(stock: type[DiffusionPipeline]) -> Callable:
+    """`__init__` of a stock pipeline, with `gradient_vae` as one more component."""
+
+    def __init__(self, *args, gradient_vae=None, **kwargs):
+        stock.__init__(self, *args, **kwargs)
+        self.register_modules(gradient_vae=gradient_vae)
+
+    kind = AutoencoderTiny | None
+    signature = inspect.signature(stock.__init__)
+    own = inspect.Parameter(GRADIENT_VAE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    __init__.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), own]
+    )  # diffusers reads these
+    __init__.__annotations__ = {**get_type_hints(stock.__init__), GRADIENT_VAE: kind}
+    return __init__
+
+
 class SolvingMixin:
-    """The steps of a solve on the components and methods of the Stable Diffusion pipeline that it is mixed into."""
+    """The steps of a solve on the components and methods of the Stable Diffusion pipeline that it is mixed into.
+
+    One component is ours: `gradient_vae` (None, or for example an `AutoencoderTiny`), a small decoder of the same
+    latents, with which the solver draws at all levels but the last.
+    """
 
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
@@ -73,6 +97,21 @@ class SolvingMixin:
     @property
     def _denoiser(self) -> nn.Module:
         return getattr(self, self._denoiser_name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load as `DiffusionPipeline.from_pretrained` does.
+
+        A local folder's `gradient_vae/` is loaded too, whether or not its model_index.json, which stock pipelines also
+        read, names it. Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another, or none.
+        """
+        folder = Path(pretrained_model_name_or_path) / GRADIENT_VAE
+        if GRADIENT_VAE not in kwargs and folder.is_dir():
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            if isinstance(dtype, dict):
+                dtype = dtype.get(GRADIENT_VAE, dtype.get("default"))
+            kwargs[GRADIENT_VAE] = AutoencoderTiny.from_pretrained(folder).to(dtype=dtype or torch.float32)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.
@@ -95,8 +134,26 @@ class SolvingMixin:
                 f"the {network} takes {config.in_channels} channels; expected "
                 f"{channels[0]}{''.join(f', or {n} (inpainting)' for n in channels[1:])}."
             )
+        self._check_gradient_vae(a)
         self._guidance_scale, self._clip_skip, self._interrupt = a.guidance_scale, a.clip_skip, False
         self._remember(a)
+
+    def _check_gradient_vae(self, a: SimpleNamespace) -> None:
+        """Refuse a small decoder of other latents, and one that was asked for and is not there."""
+        if self.gradient_vae is None:
+            if a.use_gradient_vae:
+                raise ValueError(
+                    "use_gradient_vae=True came without a `gradient_vae`; expected one, for example "
+                    "from_pretrained(..., gradient_vae=AutoencoderTiny.from_pretrained('madebyollin/taesd'))."
+                )
+            return
+        small, full = self.gradient_vae.config.latent_channels, self.vae.config.latent_channels
+        stride = 2 ** (len(self.gradient_vae.config.decoder_block_out_channels) - 1)
+        if (small, stride) != (full, self.vae_scale_factor):
+            raise ValueError(
+                f"`gradient_vae` has {small} latent channels and stride {stride}; expected {full} and "
+                f"{self.vae_scale_factor}, those of `vae`. Take the one that was trained for this VAE's latents."
+            )
 
     def _remember(self, a: SimpleNamespace) -> None:
         """What the stock pipeline's properties tell whoever calls back."""
@@ -180,6 +237,9 @@ class SolvingMixin:
         chosen: Settings,
     ) -> Iterator[Level]:
         """VML-MAP, level by level."""
+        draft = chosen.use_gradient_vae
+        if draft is None:
+            draft = self.gradient_vae is not None and chosen.jacobian == "exact"
         return vml_levels(
             x_T,
             prior=prior,
@@ -189,6 +249,7 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
+            draft=prior.drafting(prior.prior.draft(self.gradient_vae)) if draft else None,
         )
 
     def _follow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3InpaintPipeline
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, check_flow_scheduler, flow_levels
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput, sides
+from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, sides, with_gradient_vae
 
 _POOLED = "pooled_prompt_embeds"
 
@@ -23,12 +23,16 @@ _POOLED = "pooled_prompt_embeds"
 class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3InpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion 3 or 3.5 checkpoint.
 
-    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted.
+    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. One
+    component is added, see `gradient_vae` in `SolvingMixin`.
     """
 
     _denoiser_name, _prior_class = "transformer", FlowPrior
     _check_scheduler = staticmethod(check_flow_scheduler)
     _scheduler_levels = staticmethod(flow_levels)
+
+    _optional_components: ClassVar = [*StableDiffusion3InpaintPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusion3InpaintPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -74,6 +78,7 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
+        use_gradient_vae: bool | None = None,
         paste: bool = True,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -91,7 +96,8 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, paste, return_report: as for `VMLInpaintPipeline`.
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, paste, return_report: as for
+                `VMLInpaintPipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLInpaintPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import VMLPipelineOutput
+from vml_ldm.pipelines._solving import GRADIENT_VAE, VMLPipelineOutput, with_gradient_vae
 from vml_ldm.pipelines._xl import XLMixin
 
 
 class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion XL checkpoint: base, refiner, few-step or inpainting.
 
-    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. A
-    float16 VAE with `force_upcast` runs in float32, with its gradient.
+    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. One
+    component is added, see `gradient_vae` in `SolvingMixin`. A float16 VAE with `force_upcast` runs in float32, with
+    its gradient.
     """
+
+    _optional_components: ClassVar = [*StableDiffusionXLInpaintPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusionXLInpaintPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -74,6 +78,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
+        use_gradient_vae: bool | None = None,
         paste: bool = True,
         return_report: bool = False,
         **kwargs,
@@ -95,7 +100,8 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, paste, return_report: as for `VMLInpaintPipeline`.
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, paste, return_report: as for
+                `VMLInpaintPipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

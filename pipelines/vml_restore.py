@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
-from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, with_gradient_vae
 from vml_ldm.red import RedDiff
 
 
 class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion 1.x or 2.x text-to-image checkpoint.
 
-    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`.
+    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`, and one more,
+    see `gradient_vae` in `SolvingMixin`.
     """
+
+    _optional_components: ClassVar = [*StableDiffusionPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusionPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -54,6 +58,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         jacobian: str | None = None,
         inner_steps: int | None = None,
         renoise: float | None = None,
+        use_gradient_vae: bool | None = None,
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -85,7 +90,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level. None: "noise"
                 for VML, "measurement" for RED-diff.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
-            jacobian, inner_steps, renoise: of VML, as for `VMLInpaintPipeline`. None: the preset's.
+            jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
-from vml_ldm.pipelines._solving import VMLPipelineOutput
+from vml_ldm.pipelines._solving import GRADIENT_VAE, VMLPipelineOutput, with_gradient_vae
 from vml_ldm.pipelines._xl import XLMixin
 from vml_ldm.red import RedDiff
 
@@ -19,9 +19,12 @@ from vml_ldm.red import RedDiff
 class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion XL text-to-image checkpoint.
 
-    Loading and components are those of `StableDiffusionXLPipeline`. A float16 VAE with `force_upcast` runs in float32,
-    with its gradient.
+    Loading and components are those of `StableDiffusionXLPipeline`, and one more, see `gradient_vae` in `SolvingMixin`.
+    A float16 VAE with `force_upcast` runs in float32, with its gradient.
     """
+
+    _optional_components: ClassVar = [*StableDiffusionXLPipeline._optional_components, GRADIENT_VAE]
+    __init__ = with_gradient_vae(StableDiffusionXLPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -67,6 +70,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         jacobian: str | None = None,
         inner_steps: int | None = None,
         renoise: float | None = None,
+        use_gradient_vae: bool | None = None,
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -80,7 +84,8 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
             y: what was observed, batch first: a tensor (B, ...) as the operator gives it, real or complex; or images.
             operator: image (B, 3, height, width) float32 in [0, 1] -> y, differentiable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; None is 0.
-            solver, start, preset, jacobian, inner_steps, renoise, red, return_report: as for `VMLRestorePipeline`.
+            solver, start, preset, jacobian, inner_steps, renoise, use_gradient_vae, red, return_report: as for
+                `VMLRestorePipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

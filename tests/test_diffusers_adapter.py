@@ -242,3 +242,15 @@ def test_a_backward_pass_that_overflows_in_float32_too_is_an_error():
         with pytest.raises(NonFiniteError, match="the backward pass of the VAE decoder gave NaN or infinity in float"):
             pull(torch.ones(1, 4, 8, 8))
     assert model.vae.dtype == torch.float16
+
+
+def test_a_draft_differs_in_its_decoder_alone():
+    """With the full decoder in the draft's place nothing changes; a small one has its own scale."""
+    z, x = noise(2, 4, 2, 2), noise(2, 4, 2, 2, seed=4)
+    with prior(guidance_scale=7.5) as full:
+        same, small = full.draft(full.vae), full.draft(tiny.gradient_vae())
+        assert torch.equal(same.decode(z), full.decode(z)) and same.guide == small.guide == full.guide
+        image = tiny.gradient_vae().decode(z).sample / 2 + 0.5
+        assert torch.equal(small.decode(z), image) and torch.equal(small.decode_pullback(z)[0], image)
+        full.condition["encoder_hidden_states"] = noise(2, 5, 128, seed=9)  # a callback's
+        assert torch.equal(small.denoise(x, 1.0, 2.0), full.denoise(x, 1.0, 2.0))

@@ -219,6 +219,24 @@ def test_latents_come_in_and_go_out_in_the_network_s_scaling(pipe):
     assert as_image.report.sigma_y == [0.0]
 
 
+def test_a_small_decoder_draws_at_all_levels_but_the_last(family, tmp_path):
+    channels = family.components["vae"].config.latent_channels
+    pipe = build(family.cls, family.components, gradient_vae=tiny.gradient_vae(latent_channels=channels))
+    calls = call(pipe, return_report=True, num_inference_steps=8, strength=0.9).report.calls
+    assert calls["draft_vjp"] >= 2 and calls["decode_vjp"] == 1
+    pipe.save_pretrained(tmp_path)
+    assert family.cls.from_pretrained(tmp_path).gradient_vae.config.latent_channels == channels
+
+
+def test_half_precision_networks_keep_a_float32_state(family):
+    pipe = build(family.cls, family.make()).to(torch.bfloat16)
+    image = call(pipe, output_type="pt").images
+    assert image.dtype == torch.float32 and image.isfinite().all() and pipe.vae.dtype == torch.bfloat16
+    assert np.array_equal(
+        image[0].permute(1, 2, 0).numpy()[KNOWN], np.asarray(picture(), dtype=np.float32)[KNOWN] / 255
+    )
+
+
 def test_an_inpainting_checkpoint_is_fed_its_mask(family):
     channels = family.components["vae"].config.latent_channels
     network = family.make(2 * channels + 1)

@@ -133,3 +133,23 @@ def test_a_start_from_an_image_has_its_latent_and_the_first_level_s_noise():
     schedule = Levels([(0.6, 0.8), (0.8, 0.6)])
     x_T = start_from(image, prior=prior, schedule=schedule, generator=torch.Generator().manual_seed(0))
     assert abs(x_T.mean().item() - 0.6 * 3) < 0.01 and abs(x_T.std().item() - 0.8) < 0.01
+
+
+def test_a_draft_serves_all_levels_but_the_last():
+    """The same prior as its own draft changes nothing but the count; another draft is not what answers."""
+    prior, h, y = random_problem()
+    options = {
+        "measurement": Measurement(Linear(h), y, 0.1),
+        "schedule": Levels(SCALES),
+        "inner_steps": 3,
+        "stop_at": 0,
+    }
+    run = lambda **more: vml_map(  # noqa: E731
+        start(), prior=prior, generator=torch.Generator().manual_seed(5), **options, **more
+    )
+    plain, drafted = run(), run(draft=prior)
+    assert torch.equal(plain.latent, drafted.latent)
+    assert drafted.calls["draft"] == 3 * 2 * 3 and drafted.calls["decode"] == 2 * 3 + 1
+    assert drafted.calls["draft_vjp"] == 3 * 3 and drafted.calls["decode_vjp"] == 3
+    single = vml_map(start(), prior=prior, draft=prior, **{**options, "schedule": Levels(SCALES[:1])})
+    assert "draft" not in single.calls

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -54,6 +55,14 @@ def vae(seed: int = 0, **options) -> AutoencoderKL:
         sample_size=64,
         **options,
     ).eval()
+
+
+def gradient_vae(seed: int = 0, **options) -> AutoencoderTiny:
+    """Of the same latents as `vae`."""
+    torch.manual_seed(seed)
+    narrow, few = (8, 8, 8, 8), (1, 1, 1, 1)
+    shape = {"num_encoder_blocks": few, "num_decoder_blocks": few, "decoder_block_out_channels": narrow, **options}
+    return AutoencoderTiny(encoder_block_out_channels=narrow, **shape).eval()
 
 
 def unet2d(channels: int = 3, seed: int = 0, **options) -> UNet2DModel:

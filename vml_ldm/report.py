@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import hypot
 
-NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "decode_jvp", "encode")
+NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "decode_jvp", "draft", "draft_vjp", "encode")
 
 
 @dataclass
@@ -22,7 +22,8 @@ class Report:
         solver: "vml" or "red-diff", which takes one step at each level and never the denoiser's Jacobian.
         trace: a dict for each level: alpha, sigma, residual, nll, steps.
         retries: network passes repeated in float32 after non-finite values, by network.
-        calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian.
+        calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
+            small decoder, where one was used.
         seconds: time by kind, and "total".
     """
 
@@ -68,11 +69,17 @@ class Report:
                 f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
                 f"float32 retries: {retries}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
-                f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}, encoder {calls.get('encode', 0)}",
-                f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, decoder "
-                f"{_sum(seconds, 'decode'):.2f}, encoder {seconds.get('encode', 0):.2f}, rest {self.overhead:.1%}",
+                f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}{self._drafts()}, "
+                f"encoder {calls.get('encode', 0)}",
+                f"seconds    {seconds.get('total', 0):.2f}: denoiser {_sum(seconds, 'denoise'):.2f}, "
+                f"decoder {_sum(seconds, 'decode', 'draft'):.2f}, encoder {seconds.get('encode', 0):.2f}, "
+                f"rest {self.overhead:.1%}",
             ]
         )
+
+    def _drafts(self) -> str:
+        calls = self.calls
+        return f" (small one {calls['draft']} / {calls.get('draft_vjp', 0)})" if "draft" in calls else ""
 
     def _steps(self) -> str:
         if self.solver == "red-diff":
@@ -84,5 +91,5 @@ def _row(values: list[float], form: str = ".4f") -> str:
     return " ".join(format(value, form) for value in values)
 
 
-def _sum(seconds: dict[str, float], name: str) -> float:
-    return sum(seconds.get(kind, 0.0) for kind in (name, f"{name}_vjp", f"{name}_jvp"))
+def _sum(seconds: dict[str, float], *names: str) -> float:
+    return sum(seconds.get(name + kind, 0.0) for name in names for kind in ("", "_vjp", "_jvp"))

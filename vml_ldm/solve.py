@@ -119,7 +119,7 @@ class Solution:
         residual: (B,), rms of y - A(image before the clamp), in units of y.
         trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch.
         calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode"; with a
-            preconditioner "decode_jvp".
+            preconditioner "decode_jvp"; with a draft "draft", "draft_vjp", for its decoder.
         seconds: the time spent in each of them, and "total".
     """
 
@@ -143,6 +143,7 @@ def vml_map(
     generator: Generators = None,
     step: InnerStep = InnerStep(),  # noqa: B008 - frozen
     stop_prior_at: float = 0.0,
+    draft: Prior | None = None,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -158,6 +159,8 @@ def vml_map(
         step: the rule of the inner steps and their preconditioner.
         stop_prior_at: levels with ``sigma / alpha`` below it are left out, and the last clean estimate above them is
             the answer: a prior can be unreliable at the lowest noise. 0 keeps every level.
+        draft: the same prior with a cheaper decoder of the same latents; it takes the prior's place at all levels but
+            the last, whose answer stands. What those levels report of the residual is then the draft's.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -176,6 +179,7 @@ def vml_map(
         generator=generator,
         step=step,
         stop_prior_at=stop_prior_at,
+        draft=draft and prior.drafting(draft),
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -202,17 +206,19 @@ def vml_levels(
     generator: Generators = None,
     step: InnerStep = InnerStep(),  # noqa: B008 - frozen
     stop_prior_at: float = 0.0,
+    draft: Prior | None = None,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     check_choices(inner_steps, jacobian)
-    count = levels_above(stop_prior_at, schedule)
-    return _levels(x_T, prior, measurement, schedule, count, inner_steps, jacobian, stop_at, generator, step)
+    priors = [draft or prior] * (levels_above(stop_prior_at, schedule) - 1) + [prior]
+    return _levels(x_T, priors, measurement, schedule, inner_steps, jacobian, stop_at, generator, step)
 
 
-def _levels(x_t, prior, measurement, schedule, count, inner_steps, jacobian, stop_at, generator, step):
-    guide = getattr(prior, "guide", None)
-    for i in range(count):
+def _levels(x_t, priors, measurement, schedule, inner_steps, jacobian, stop_at, generator, step):
+    count = len(priors)
+    for i, prior in enumerate(priors):
         alpha, sigma = schedule.scales(i)
+        guide = getattr(prior, "guide", None)
         with torch.no_grad():
             inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
@@ -278,13 +284,24 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 
 class Metered:
-    """A prior that counts its network calls and times them. Pull-backs count as "..._vjp"."""
+    """A prior that counts its network calls and times them. Pull-backs count as "..._vjp".
 
-    def __init__(self, prior: Prior):
-        self.prior, self.calls, self.seconds = prior, Counter(), Counter()
+    Args:
+        prior: the prior.
+        decoder: what its decoder's calls count as.
+    """
+
+    def __init__(self, prior: Prior, decoder: str = "decode"):
+        self.prior, self.decoder, self.calls, self.seconds = prior, decoder, Counter(), Counter()
         guide = getattr(prior, "guide", None)
         self.guide = guide and (lambda *state: self._timed("denoise", guide, *state))
         self.pixel_scale = getattr(prior, "pixel_scale", None)
+
+    def drafting(self, prior: Prior) -> Metered:
+        """Another prior on the same counts, its decoder's as "draft"."""
+        other = Metered(prior, decoder="draft")
+        other.calls, other.seconds = self.calls, self.seconds
+        return other
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
@@ -293,20 +310,20 @@ class Metered:
         return self._timed("encode", self.prior.encode, image)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._timed("decode", self.prior.decode, z)
+        return self._timed(self.decoder, self.prior.decode, z)
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float):
         z0_hat, pull = self._timed("denoise", denoise_pullback, self.prior, x_t, alpha, sigma)
         return z0_hat, lambda b: self._timed("denoise_vjp", pull, b)
 
     def decode_pullback(self, z: Tensor):
-        image, pull = self._timed("decode", decode_pullback, self.prior, z)
-        return image, lambda cotangent: self._timed("decode_vjp", pull, cotangent)
+        image, pull = self._timed(self.decoder, decode_pullback, self.prior, z)
+        return image, lambda cotangent: self._timed(f"{self.decoder}_vjp", pull, cotangent)
 
     def decode_linear(self, z: Tensor):
-        image, push, pull = self._timed("decode", decode_linear, self.prior, z)
+        image, push, pull = self._timed(self.decoder, decode_linear, self.prior, z)
         timed = lambda name, product: lambda v: self._timed(name, product, v)  # noqa: E731
-        return image, timed("decode_jvp", push), timed("decode_vjp", pull)
+        return image, timed(f"{self.decoder}_jvp", push), timed(f"{self.decoder}_vjp", pull)
 
     def _timed(self, name: str, function: Callable, *args):
         started = time.perf_counter()

@@ -50,7 +50,8 @@ class NetworkPrior:
 
 
 class Autoencoded:
-    """For a `NetworkPrior` whose z0 is the latent of an autoencoder `vae`. A subclass gives `_encode` and `_decode`."""
+    """For a `NetworkPrior` whose z0 is the latent of an autoencoder `vae`. A subclass gives `_encode(image)` and
+    `_decode(z, vae)`."""
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled and shifted as the denoiser expects it, float32."""
@@ -58,11 +59,37 @@ class Autoencoded:
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image (B, 3, H, W) float32, about [0, 1] and not clamped."""
-        return self._guard.run("the VAE decoder", self.vae, lambda: self._decode(z))
+        return self._guard.run("the VAE decoder", self.vae, lambda: self._decode(z, self.vae))
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
-        return self._guard.pullback("the VAE decoder", self.vae, self._decode, z)
+        return self._guard.pullback("the VAE decoder", self.vae, lambda z: self._decode(z, self.vae), z)
+
+    def draft(self, vae: nn.Module) -> Draft:
+        """This prior with another decoder, for use within this one's `with`.
+
+        Args:
+            vae: of the same latents, scaled as the denoiser sees them by its own configuration: an `AutoencoderTiny`.
+        """
+        return Draft(self, vae)
 
     def _networks(self) -> tuple[nn.Module, ...]:
         return *super()._networks(), self.vae
+
+
+class Draft:
+    """A latent prior that draws with another decoder; all else, a change of its prompt too, is the prior's own."""
+
+    def __init__(self, prior: Autoencoded, vae: nn.Module):
+        self._prior, self._vae, self._guard = prior, vae, prior._guard
+        self.denoise, self.denoise_pullback, self.encode = prior.denoise, prior.denoise_pullback, prior.encode
+        self.guide = getattr(prior, "guide", None)
+        self._guard.freeze(vae)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latent -> image, as the prior's."""
+        return self._guard.run("the gradient VAE", self._vae, lambda: self._prior._decode(z, self._vae))
+
+    def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
+        """Image and the decoder's vector-Jacobian product."""
+        return self._guard.pullback("the gradient VAE", self._vae, lambda z: self._prior._decode(z, self._vae), z)

@@ -32,14 +32,16 @@ class Guard:
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more."""
-        self._thawed = [p for network in networks for p in network.parameters() if p.requires_grad]
-        for parameter in self._thawed:
+        thawed = [p for network in networks for p in network.parameters() if p.requires_grad]
+        for parameter in thawed:
             parameter.requires_grad_(False)
+        self._thawed += thawed
 
     def restore(self) -> None:
         """Leave the networks as they came: their gradients' flags, and their precision if it was lifted."""
         for parameter in self._thawed:
             parameter.requires_grad_(True)
+        self._thawed.clear()
         for network, dtype in self._upcast.items():
             network.to(dtype)
         self._upcast.clear()

@@ -50,23 +50,24 @@ class GuidedPrior(Autoencoded):
 
     def _encode(self, image: Tensor) -> Tensor:
         moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
-        shift, scale = self._normalisation(image)
+        shift, scale = _normalisation(self.vae, image)
         return (moments.latent_dist.mode().to(image.dtype) - shift) * scale
 
-    def _decode(self, z: Tensor) -> Tensor:
-        shift, scale = self._normalisation(z)
-        latent = (z / scale + shift).to(self._guard.dtype(self.vae))
-        return self.vae.decode(latent, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+    def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
+        shift, scale = _normalisation(vae, z)
+        latent = (z / scale + shift).to(self._guard.dtype(vae))
+        return vae.decode(latent, return_dict=False)[0].to(z.dtype) / 2 + 0.5
 
-    def _normalisation(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """(shift, scale) of ``z = (latent - shift) scale``: the VAE's numbers, or one of each for every channel."""
-        config = self.vae.config
-        shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or std is None:
-            return shift, scale
-        by_channel = lambda values: like.new_tensor(values).reshape(1, -1, 1, 1)  # noqa: E731
-        return shift + by_channel(mean), scale / by_channel(std)
+
+def _normalisation(vae: nn.Module, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """(shift, scale) of ``z = (latent - shift) scale``: the VAE's numbers, or one of each for every channel."""
+    config = vae.config
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return shift, scale
+    by_channel = lambda values: like.new_tensor(values).reshape(1, -1, 1, 1)  # noqa: E731
+    return shift + by_channel(mean), scale / by_channel(std)
 
 
 class StableDiffusionPrior(GuidedPrior, UNetPrior):

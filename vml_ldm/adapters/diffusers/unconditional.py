@@ -44,6 +44,6 @@ class LDMPrior(Autoencoded, UNetPrior):
         latent = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)), return_dict=False)[0]
         return latent.to(image.dtype) * self.vae.config.scaling_factor
 
-    def _decode(self, z: Tensor) -> Tensor:
-        latent = (z / self.vae.config.scaling_factor).to(self._guard.dtype(self.vae))
-        return self.vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+    def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
+        latent = (z / vae.config.scaling_factor).to(self._guard.dtype(vae))
+        return vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z.dtype) / 2 + 0.5

@@ -1,0 +1,97 @@
+"""The small decoder that stands in at all levels but the last."""
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+
+from vml_ldm import VMLInpaintPipeline, VMLRestorePipeline
+from vml_ldm.operators import Grayscale
+
+KNOWN = torch.ones(1, 1, 64, 64)
+KNOWN[..., 32:] = 0
+CALL = {
+    "prompt": "a",
+    "image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    "mask_image": 1 - KNOWN,
+    "num_inference_steps": 12,
+    "inner_steps": 2,
+    "output_type": "pt",
+    "return_report": True,
+    "paste": False,
+}
+
+
+def load(cls=VMLInpaintPipeline, **components):
+    pipe = cls(**tiny.components(), requires_safety_checker=False, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def solve(pipe, **changes):
+    return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changes})
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load(gradient_vae=tiny.gradient_vae())
+
+
+def test_it_draws_at_all_levels_but_the_last(pipe):
+    calls = solve(pipe).report.calls  # 4 levels of 2 inner steps: a decode and a probe at each
+    assert (calls["draft"], calls["draft_vjp"]) == (3 * 4, 3 * 2)
+    assert (calls["decode"], calls["decode_vjp"]) == (1 + 4 + 1, 2)  # the VAE's own error, the last level, the answer
+
+
+def test_the_text_report_counts_it_apart(pipe):
+    assert "decoder 6 / 2 (small one 12 / 6)" in solve(pipe).report.text()
+
+
+@pytest.mark.parametrize("choice", [{"use_gradient_vae": False}, {"jacobian": "free"}])
+def test_it_can_be_left_out(pipe, choice):
+    out, without = solve(pipe, **choice), solve(load(), **choice)
+    assert "draft" not in out.report.calls and torch.equal(out.images, without.images)
+
+
+def test_its_weights_are_as_they_were(pipe):
+    before = [(p.clone(), p.requires_grad) for p in pipe.gradient_vae.parameters()]
+    solve(pipe)
+    for (value, flag), after in zip(before, pipe.gradient_vae.parameters(), strict=True):
+        assert torch.equal(value, after) and flag == after.requires_grad and after.grad is None
+
+
+def test_a_folder_has_it_without_naming_it(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    assert VMLInpaintPipeline.from_pretrained(folder).gradient_vae is None
+    tiny.gradient_vae().save_pretrained(tmp_path / "model" / "gradient_vae")
+    for dtype in (torch.bfloat16, {"gradient_vae": torch.bfloat16, "default": torch.float32}):
+        assert VMLInpaintPipeline.from_pretrained(folder, dtype=dtype).gradient_vae.dtype == torch.bfloat16
+    pipe = VMLInpaintPipeline.from_pretrained(folder)
+    assert pipe.gradient_vae.dtype == torch.float32
+    assert VMLRestorePipeline.from_pretrained(folder).gradient_vae is not None
+    assert VMLInpaintPipeline.from_pretrained(folder, gradient_vae=None).gradient_vae is None
+    pipe.save_pretrained(tmp_path / "again")
+    assert VMLInpaintPipeline.from_pretrained(tmp_path / "again").gradient_vae is not None
+
+
+def test_it_comes_along_between_pipelines(pipe):
+    assert VMLRestorePipeline.from_pipe(pipe).gradient_vae is pipe.gradient_vae
+    stock = StableDiffusionInpaintPipeline.from_pipe(pipe)
+    assert VMLInpaintPipeline.from_pipe(stock).gradient_vae is None
+
+
+def test_restoring_takes_it_too(pipe):
+    restore = VMLRestorePipeline.from_pipe(pipe)
+    y = Grayscale()(CALL["image"])
+    out = restore(y=y, operator=Grayscale(), num_inference_steps=8, inner_steps=1, output_type="pt", return_report=True)
+    assert out.report.calls["draft_vjp"] == 3
+
+
+def test_what_does_not_fit_is_refused_before_any_work(pipe):
+    with pytest.raises(ValueError, match=r"use_gradient_vae=True came without.*gradient_vae=AutoencoderTiny"):
+        solve(load(), use_gradient_vae=True)
+    with pytest.raises(ValueError, match="16 latent channels and stride 8; expected 4 and 8"):
+        solve(load(gradient_vae=tiny.gradient_vae(latent_channels=16)))
+    two = {"decoder_block_out_channels": (8, 8), "num_decoder_blocks": (1, 1)}
+    with pytest.raises(ValueError, match="4 latent channels and stride 2; expected 4 and 8"):
+        solve(load(gradient_vae=tiny.gradient_vae(**two)))
