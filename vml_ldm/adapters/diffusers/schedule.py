@@ -14,7 +14,7 @@ from ...solve import Levels
 # State = alpha z0 + sigma e, in the scaling that the scheduler's own pipeline keeps its latents in.
 _VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _VARIANCE_PRESERVING_BY_SIGMAS = ("DPMSolverMultistepScheduler",)
-_VARIANCE_PRESERVING_BY_TIMESTEPS = ("DDIMScheduler", "DDPMScheduler")
+_VARIANCE_PRESERVING_BY_TIMESTEPS = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler")
 SCHEDULERS = _VARIANCE_PRESERVING_BY_TIMESTEPS + _VARIANCE_EXPLODING + _VARIANCE_PRESERVING_BY_SIGMAS
 
 
