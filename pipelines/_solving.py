@@ -14,9 +14,16 @@ from typing import NamedTuple
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import StableDiffusionPrior, check_scheduler
+from vml_ldm.adapters.diffusers import (
+    SchedulerLevels,
+    StableDiffusionPrior,
+    check_count,
+    check_scheduler,
+    scheduler_levels,
+)
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import Settings
@@ -72,6 +79,13 @@ class SolvingMixin:
             )
         self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
         self._cross_attention_kwargs, self._interrupt = a.cross_attention_kwargs, False
+
+    def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
+        """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
+        if a.timesteps is None and a.sigmas is None:
+            check_count(self.scheduler, count)
+        retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
+        return scheduler_levels(self.scheduler, self.scheduler.timesteps, renoise)
 
     def _embed(self, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
         """Prompt embeddings, negative ones first under guidance; and the negative ones alone."""

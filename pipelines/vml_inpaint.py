@@ -14,10 +14,9 @@ import PIL.Image
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import retrieve_timesteps
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import StableDiffusionPrior, scheduler_levels
+from vml_ldm.adapters.diffusers import SchedulerLevels, StableDiffusionPrior
 from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
 from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import (
@@ -166,7 +165,7 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
         frame, batch = self._frame(a)
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
-        timesteps, levels, inner_steps = self._levels(a, chosen)
+        levels, inner_steps = self._levels(a, chosen)
         chosen = replace(chosen, inner_steps=inner_steps)
         noise_std = check_std(sigma_y, batch, self._execution_device)
         prompt_embeds, negative_prompt_embeds = self._embed(a)
@@ -176,7 +175,7 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
             x_T = self._start(a, levels, frame, measured.latent, metered)
             tensors = self._callback_tensors(a, frame, prior, prompt_embeds, negative_prompt_embeds)
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
-            latent, trace = self._follow(a, solving, len(levels), timesteps, tensors, metered)
+            latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
         return *self._finish(a, frame, solution, paste, prompt_embeds.dtype), report
@@ -227,25 +226,22 @@ class VMLInpaintPipeline(SolvingMixin, StableDiffusionInpaintPipeline):
     def _overlay(self, a: SimpleNamespace, crop):
         return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
 
-    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, int]:
-        """The time steps that callbacks see, the levels, and the inner steps at each.
+    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, int]:
+        """The levels, and the inner steps at each.
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them.
         """
-        levels, inner_steps = chosen.split(a.num_inference_steps * a.strength)
+        count, inner_steps = chosen.split(a.num_inference_steps * a.strength)
         if a.timesteps is None and a.sigmas is None and int(a.num_inference_steps * a.strength) < 1:
             raise ValueError(
                 f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
                 "Raise strength or num_inference_steps."
             )
-        device = self._execution_device
-        of_all = math.ceil(levels / a.strength) if a.strength > 0 else 0
-        timesteps, count = retrieve_timesteps(self.scheduler, of_all, device, a.timesteps, a.sigmas)
-        timesteps, count = self.get_timesteps(count, a.strength, device)
-        if count < 1:
+        levels = self._plan(a, math.ceil(count / a.strength) if a.strength > 0 else 1, chosen.renoise)
+        self._num_timesteps = int(len(levels) * a.strength)
+        if self._num_timesteps < 1:
             raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
-        self._num_timesteps = count
-        return timesteps, scheduler_levels(self.scheduler, timesteps, chosen.renoise), inner_steps
+        return levels.last(self._num_timesteps), inner_steps
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
         """x_T (B, c, h, w) float32: noise, or the image's or the measurement's latents noised to the first level."""

@@ -2,15 +2,16 @@
 
 from .precision import NonFiniteError
 from .prior import StableDiffusionPrior
-from .schedule import SCHEDULERS, check_scheduler, scheduler_levels
+from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior
 
 __all__ = [
-    "SCHEDULERS",
     "LDMPrior",
     "NonFiniteError",
     "PixelPrior",
+    "SchedulerLevels",
     "StableDiffusionPrior",
+    "check_count",
     "check_scheduler",
     "scheduler_levels",
 ]
