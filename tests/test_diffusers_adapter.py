@@ -83,8 +83,7 @@ def test_vml_map_reaches_the_map_of_a_gaussian(cls, seed):
 @pytest.mark.parametrize("renoise", [0.0, 1.0])
 def test_inner_steps_act(cls, renoise):
     """Moving x_t inside a level changes the next state."""
-    spacing = {"timestep_spacing": "leading"} if "timestep_spacing" in tiny.options(cls) else {}
-    _, schedule = levels(cls, 4, renoise, **spacing)
+    schedule = levels(cls, 4, renoise)[1].last(3)
     gaussian, h, y = random_problem()
 
     def first_state(inner_steps):
