@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         from_physics,
     )
     from vml_ldm.optimize import InnerStep
+    from vml_ldm.pipelines._registering import register
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
     from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
     from vml_ldm.pixels import CallablePrior, karras_scales
@@ -75,6 +76,7 @@ __all__ = [
     "karras_scales",
     "over_seeds",
     "red_diff",
+    "register",
     "vml_bracket",
     "vml_gradient",
     "vml_loss",
@@ -91,6 +93,7 @@ _NAMES = {
         *("PhaseRetrieval", "Subsample", "from_physics"),
     ],
     "optimize": ["InnerStep"],
+    "pipelines._registering": ["register"],
     "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
     "pipelines.vml_restore": ["VMLRestorePipeline"],
     "pixels": ["CallablePrior", "karras_scales"],
