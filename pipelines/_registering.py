@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import diffusers
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-)
+from diffusers.pipelines import auto_pipeline as automatic
 
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
@@ -28,9 +24,6 @@ def register() -> None:
         setattr(diffusers, pipeline.__name__, pipeline)
     for family, pipeline in _INPAINTING.items():
         name = f"{family}-vml"
-        for stock in (
-            auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-            auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        ):
+        for stock in (automatic.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, automatic.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING):
             stock[name] = stock[family]
-        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[name] = pipeline
+        automatic.AUTO_INPAINT_PIPELINES_MAPPING[name] = pipeline

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from torch import Tensor
+from torch import Tensor, nn
 
 from vml_ldm.adapters.diffusers import (
     SchedulerLevels,
@@ -79,6 +80,11 @@ class SolvingMixin:
             )
         self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
         self._cross_attention_kwargs, self._interrupt = a.cross_attention_kwargs, False
+
+    def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """As the stock pipeline's, with `clip_skip` also where transformers has no level `text_model` any more."""
+        with _text_model_reachable(getattr(self, "text_encoder", None)):
+            return super().encode_prompt(*args, **kwargs)
 
     def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
         """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
@@ -207,6 +213,19 @@ class SolvingMixin:
         if return_dict:
             return VMLPipelineOutput(images=images, nsfw_content_detected=flagged, report=report)
         return (images, flagged) if report is None else (images, flagged, report)
+
+
+@contextmanager
+def _text_model_reachable(text_encoder: nn.Module | None) -> Iterator[None]:
+    """diffusers finds the final layer norm below `text_model`; newer text encoders are that model themselves."""
+    if text_encoder is None or hasattr(text_encoder, "text_model"):
+        yield
+        return
+    object.__setattr__(text_encoder, "text_model", text_encoder)  # past nn.Module, which would make it a child
+    try:
+        yield
+    finally:
+        object.__delattr__(text_encoder, "text_model")
 
 
 def set_prompt(prior: StableDiffusionPrior, prompt_embeds: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -26,18 +27,14 @@ QUICK = {"num_inference_steps": 4, "inner_steps": 1, "output_type": "np"}
 
 @pytest.fixture
 def unregistered(monkeypatch):
-    """diffusers as it was before `register`, also after the test."""
-    import diffusers
-
+    """diffusers as it is before `register`, and after the test too."""
     for name in MAPPINGS:
-        for key in [key for key in getattr(auto_pipeline, name) if key.endswith("-vml")]:
-            monkeypatch.delitem(getattr(auto_pipeline, name), key)
+        mapping = getattr(auto_pipeline, name)
+        monkeypatch.setitem(mapping, "stable-diffusion-vml", None)
+        monkeypatch.delitem(mapping, "stable-diffusion-vml")
     for cls in (VMLInpaintPipeline, VMLRestorePipeline):
         monkeypatch.setattr(diffusers, cls.__name__, None, raising=False)
         monkeypatch.delattr(diffusers, cls.__name__)
-    yield
-    for name in MAPPINGS:
-        getattr(auto_pipeline, name).pop("stable-diffusion-vml", None)
 
 
 @pytest.fixture(scope="module")
