@@ -33,8 +33,13 @@ class Guard:
         self._thawed: list[tuple[nn.Module, str]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
-        """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more."""
-        self._thawed = [(n, name) for n in networks for name, p in n.named_parameters() if p.requires_grad]
+        """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
+
+        Not under gradient checkpointing where hooks move or cast the weights: what it runs again keeps the values of
+        those weights alone that require a gradient.
+        """
+        kept = [n for n in networks if not (_is_hooked(n) and _is_checkpointed(n))]
+        self._thawed = [(n, name) for n in kept for name, p in n.named_parameters() if p.requires_grad]
         for network, name in self._thawed:
             network.get_parameter(name).requires_grad_(False)
 
@@ -70,6 +75,7 @@ class Guard:
         value, pull = self._finite(name, network, run)
 
         def checked(cotangent: Tensor) -> Tensor:
+            _fetch(network, cotangent.device)
             scale = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
             first = lambda: (pull(cotangent / scale) * scale,)  # noqa: E731
             again = lambda: (run()[1](cotangent / scale) * scale,)  # noqa: E731
@@ -105,8 +111,24 @@ def _weights_kept(network: nn.Module) -> AbstractContextManager:
     another device, in another precision or, offloaded to a disk, overwritten. Kept weights stay where the pass had
     them until its graph is gone.
     """
-    hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
-    return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if hooked else nullcontext()
+    return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if _is_hooked(network) else nullcontext()
+
+
+def _fetch(network: nn.Module, device: torch.device) -> None:
+    """Bring an offloaded network back where its backward pass runs parts of it again (gradient checkpointing)."""
+    hook, weight = getattr(network, "_hf_hook", None), next(network.parameters(), None)
+    away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
+    if away and hasattr(hook, "pre_forward") and _is_checkpointed(network):
+        hook.pre_forward(network)
+
+
+def _is_hooked(network: nn.Module) -> bool:
+    """Whether accelerate or diffusers moves or casts the network's weights around its passes."""
+    return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
+
+
+def _is_checkpointed(network: nn.Module) -> bool:
+    return getattr(network, "is_gradient_checkpointing", False)
 
 
 def _is_finite(x: Tensor) -> bool:
