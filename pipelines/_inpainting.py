@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vml_ldm.adapters.diffusers import GuidedPrior
+from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
 from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
 from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import (
@@ -84,7 +84,7 @@ class InpaintingMixin:
         frame, batch = self._frame(a)
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
-        timesteps, levels, inner_steps = self._levels(a, chosen)
+        levels, inner_steps = self._levels(a, chosen)
         chosen = replace(chosen, inner_steps=inner_steps)
         noise_std = check_std(sigma_y, batch, self._execution_device)
         tensors = self._embed(a)
@@ -95,7 +95,7 @@ class InpaintingMixin:
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
-            latent, trace = self._follow(a, solving, len(levels), timesteps, tensors, metered)
+            latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
         return *self._finish(a, frame, solution, paste, dtype), report
@@ -151,8 +151,8 @@ class InpaintingMixin:
     def _overlay(self, a: SimpleNamespace, crop):
         return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
 
-    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, int]:
-        """The time steps that callbacks see, the levels, and the inner steps at each.
+    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, int]:
+        """The levels, and the inner steps at each.
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
         the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
@@ -163,14 +163,12 @@ class InpaintingMixin:
                 f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
                 "Raise strength or num_inference_steps."
             )
-        levels, inner_steps = chosen.split(steps)
-        timesteps, count = self._timesteps(a, round(levels / a.strength) if a.strength > 0 else levels)
-        kept = round(count * a.strength)
-        if kept < 1:
+        count, inner_steps = chosen.split(steps)
+        levels = self._plan(a, round(count / a.strength) if a.strength > 0 else count, chosen.renoise)
+        self._num_timesteps = round(len(levels) * a.strength)
+        if self._num_timesteps < 1:
             raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
-        self._num_timesteps = kept
-        timesteps = timesteps[(count - kept) * self.scheduler.order :]
-        return timesteps, self._scheduler_levels(self.scheduler, timesteps, chosen.renoise), inner_steps
+        return levels.last(self._num_timesteps), inner_steps
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
         """x_T (B, c, h, w) float32: noise, or the image's or the measurement's latents noised to the first level."""

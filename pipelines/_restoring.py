@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vml_ldm.adapters.diffusers import SchedulerLevels
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import (
     STARTS,
@@ -48,7 +49,7 @@ class RestoringMixin:
         started = time.perf_counter()
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
-        timesteps, levels, chosen = self._levels(a, chosen)
+        levels, chosen = self._levels(a, chosen)
         guess = observed.guess((a.height, a.width))
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
@@ -56,7 +57,7 @@ class RestoringMixin:
             metered = Metered(prior)
             measured = measure(a.operator, observed.y, noise_std, guess, a.operator(guess), metered)
             solving = self._begin(a, measured, levels, chosen, metered)
-            latent, trace = self._follow(a, solving, self.num_timesteps, timesteps, tensors, metered)
+            latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": self.num_timesteps, "preset": a.preset, "solver": a.solver}
         report = tell(solution, measured, noise_std, prior, chosen, **about)
@@ -81,19 +82,18 @@ class RestoringMixin:
         observed.check((a.height, a.width))
         return observed, check_std(a.sigma_y, len(y), y.device)
 
-    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[Tensor, Levels, Settings]:
-        """The time steps that callbacks see, the levels, and the settings with the inner steps at each."""
+    def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, Settings]:
+        """The levels, and the settings with the inner steps at each."""
         steps = a.num_inference_steps
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
         count, inner_steps = chosen.split(steps)
-        timesteps, _ = self._timesteps(a, count)
-        levels = self._scheduler_levels(self.scheduler, timesteps, chosen.renoise)
+        levels = self._plan(a, count, chosen.renoise)
         if a.solver == "red-diff":
             self._num_timesteps, inner_steps = len(visits_of(a.red.order, levels)), 1  # of its optimiser
         else:
             self._num_timesteps = len(levels)
-        return timesteps, levels, replace(chosen, inner_steps=inner_steps)
+        return levels, replace(chosen, inner_steps=inner_steps)
 
     def _begin(
         self, a: SimpleNamespace, measured: Measured, levels: Levels, chosen: Settings, prior: Metered

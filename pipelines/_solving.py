@@ -7,8 +7,8 @@ negative prompts' rows come first.
 `SolvingMixin` serves Stable Diffusion 1.x and 2.x. A family of models differs in, and its mixin overrides:
 
     _denoiser_name, _prior_class        the network's name in the pipeline, and the prior made of it
-    _check_scheduler, _scheduler_levels the schedulers, and (scheduler, timesteps, renoise) -> Levels
-    _timesteps(a, count)                the scheduler's time steps
+    _check_scheduler                    which schedulers it takes
+    _plan(a, count, renoise)            the scheduler's levels
     _remember(a)                        what the stock pipeline's properties tell callbacks
     _embed(a)                           prompts -> tensors
     _conditions(a, batch)               what else the network takes, which callbacks do not change
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,14 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from vml_ldm.adapters.diffusers import GuidedPrior, StableDiffusionPrior, check_scheduler, scheduler_levels
+from vml_ldm.adapters.diffusers import (
+    GuidedPrior,
+    SchedulerLevels,
+    StableDiffusionPrior,
+    check_count,
+    check_scheduler,
+    scheduler_levels,
+)
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import Settings
@@ -92,7 +100,6 @@ class SolvingMixin:
 
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
-    _scheduler_levels = staticmethod(scheduler_levels)
 
     @property
     def _denoiser(self) -> nn.Module:
@@ -155,13 +162,21 @@ class SolvingMixin:
                 f"{self.vae_scale_factor}, those of `vae`. Take the one that was trained for this VAE's latents."
             )
 
+    def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """As the stock pipeline's, with `clip_skip` also where transformers has no level `text_model` any more."""
+        with _text_model_reachable(getattr(self, "text_encoder", None)):
+            return super().encode_prompt(*args, **kwargs)
+
+    def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
+        """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
+        if a.timesteps is None and a.sigmas is None:
+            check_count(self.scheduler, count)
+        retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
+        return scheduler_levels(self.scheduler, self.scheduler.timesteps, renoise)
+
     def _remember(self, a: SimpleNamespace) -> None:
         """What the stock pipeline's properties tell whoever calls back."""
         self._cross_attention_kwargs = a.cross_attention_kwargs
-
-    def _timesteps(self, a: SimpleNamespace, count: int) -> tuple[Tensor, int]:
-        """The scheduler's time steps, explicit ones if there are any, and the number of steps that they are for."""
-        return retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
 
     def _embed(self, a: SimpleNamespace) -> dict[str, Tensor | None]:
         """What the prompts give the network."""
@@ -176,7 +191,7 @@ class SolvingMixin:
             "do_classifier_free_guidance": self.do_classifier_free_guidance,
             "lora_scale": (getattr(a, "cross_attention_kwargs", None) or {}).get("scale"),
         }
-        return self.encode_prompt(**{name: given[name] for name in inspect.signature(self.encode_prompt).parameters})
+        return self.encode_prompt(**{name: given[name] for name in inspect.signature(super().encode_prompt).parameters})
 
     def _rows(self, negative: Tensor | None, positive: Tensor) -> Tensor:
         """As the stock pipelines concatenate them: under guidance the negative ones first."""
@@ -316,6 +331,19 @@ def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
     """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
     conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
     return zip(conditions, rows.chunk(len(conditions)), strict=True)
+
+
+@contextmanager
+def _text_model_reachable(text_encoder: nn.Module | None) -> Iterator[None]:
+    """diffusers finds the final layer norm below `text_model`; newer text encoders are that model themselves."""
+    if text_encoder is None or hasattr(text_encoder, "text_model"):
+        yield
+        return
+    object.__setattr__(text_encoder, "text_model", text_encoder)  # past nn.Module, which would make it a child
+    try:
+        yield
+    finally:
+        object.__delattr__(text_encoder, "text_model")
 
 
 def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor, prior: Metered) -> Measured:

@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_inpaint 
 )
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, check_flow_scheduler, flow_levels
+from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, SchedulerLevels, check_flow_scheduler, flow_levels
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, sides, with_gradient_vae
 
@@ -29,7 +29,6 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
 
     _denoiser_name, _prior_class = "transformer", FlowPrior
     _check_scheduler = staticmethod(check_flow_scheduler)
-    _scheduler_levels = staticmethod(flow_levels)
 
     _optional_components: ClassVar = [*StableDiffusion3InpaintPipeline._optional_components, GRADIENT_VAE]
     __init__ = with_gradient_vae(StableDiffusion3InpaintPipeline)
@@ -112,13 +111,14 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
     def _remember(self, a: SimpleNamespace) -> None:
         self._joint_attention_kwargs = a.joint_attention_kwargs
 
-    def _timesteps(self, a: SimpleNamespace, count: int) -> tuple[Tensor, int]:
+    def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
         options, config = {} if a.mu is None else {"mu": a.mu}, self.scheduler.config
         if a.mu is None and config.use_dynamic_shifting:
             stride = self.vae_scale_factor * self.patch_size
             limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
             options["mu"] = calculate_shift((a.height // stride) * (a.width // stride), *limits)
-        return retrieve_timesteps(self.scheduler, count, self._execution_device, sigmas=a.sigmas, **options)
+        retrieve_timesteps(self.scheduler, count, self._execution_device, sigmas=a.sigmas, **options)
+        return flow_levels(self.scheduler, self.scheduler.timesteps, renoise)
 
     def _embed(self, a: SimpleNamespace) -> dict[str, Tensor | None]:
         positive, negative, pooled, negative_pooled = self._encode_prompt(a)

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
 )
@@ -393,6 +394,6 @@ def test_an_unknown_argument_is_not_swallowed(pipe):
 
 
 def test_a_scheduler_that_is_not_served_is_refused_before_any_work(fresh):
-    fresh.scheduler = PNDMScheduler.from_config(fresh.scheduler.config)
-    with pytest.raises(ValueError, match="the scheduler is PNDMScheduler; expected one of"):
+    fresh.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="the scheduler is FlowMatchEulerDiscreteScheduler, of flow matching"):
         call(fresh)

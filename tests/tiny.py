@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,6 +18,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -103,6 +107,22 @@ def scheduler(prediction_type: str = "epsilon", cls=DDIMScheduler, **options):
         prediction_type=prediction_type,
         **options,
     )
+
+
+def schedulers() -> list[type]:
+    """diffusers' schedulers for Stable Diffusion, as far as what they need is installed."""
+    names = [
+        *(kind.name for kind in KarrasDiffusionSchedulers if not kind.name.startswith("EDM")),
+        "LCMScheduler",
+        "TCDScheduler",
+    ]
+    found = (getattr(diffusers, name) for name in names)
+    return [cls for cls in found if ".dummy_" not in cls.__module__]
+
+
+def options(function) -> set[str]:
+    """The names of a function's, or of a class's constructor's, arguments."""
+    return set(inspect.signature(function).parameters)
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         from_physics,
     )
     from vml_ldm.optimize import InnerStep
+    from vml_ldm.pipelines._registering import register
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
     from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
     from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
@@ -81,6 +82,7 @@ __all__ = [
     "karras_scales",
     "over_seeds",
     "red_diff",
+    "register",
     "vml_bracket",
     "vml_gradient",
     "vml_loss",
@@ -97,6 +99,7 @@ _NAMES = {
         *("PhaseRetrieval", "Subsample", "from_physics"),
     ],
     "optimize": ["InnerStep"],
+    "pipelines._registering": ["register"],
     "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
     "pipelines.vml_inpaint_sd3": ["VMLInpaintSD3Pipeline"],
     "pipelines.vml_inpaint_xl": ["VMLInpaintXLPipeline"],

@@ -3,19 +3,20 @@
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .precision import NonFiniteError
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
-from .schedule import SCHEDULERS, check_scheduler, scheduler_levels
+from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior
 
 __all__ = [
     "FLOW_SCHEDULERS",
-    "SCHEDULERS",
     "FlowPrior",
     "GuidedPrior",
     "LDMPrior",
     "NonFiniteError",
     "PixelPrior",
+    "SchedulerLevels",
     "StableDiffusionPrior",
     "StableDiffusionXLPrior",
+    "check_count",
     "check_flow_scheduler",
     "check_scheduler",
     "flow_levels",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...solve import Levels
 from .network import NetworkPrior
 from .prior import GuidedPrior
+from .schedule import SchedulerLevels
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -32,7 +32,7 @@ def check_flow_scheduler(scheduler) -> None:
         raise ValueError("the scheduler has invert_sigmas=True; expected noise that falls from 1 to 0.")
 
 
-def flow_levels(scheduler, timesteps: Tensor, renoise: float = 1.0) -> Levels:
+def flow_levels(scheduler, timesteps: Tensor, renoise: float = 1.0) -> SchedulerLevels:
     """The levels at `timesteps` (L,), ``alpha = 1 - sigma``.
 
     Args:
@@ -43,7 +43,7 @@ def flow_levels(scheduler, timesteps: Tensor, renoise: float = 1.0) -> Levels:
     check_flow_scheduler(scheduler)
     tail = len(scheduler.timesteps) - len(timesteps)
     sigmas = scheduler.sigmas.double().cpu()[tail : tail + len(timesteps)].clamp(max=1)
-    return Levels([(1 - sigma, sigma) for sigma in sigmas.tolist()], renoise)
+    return SchedulerLevels([(1 - sigma, sigma) for sigma in sigmas.tolist()], timesteps, renoise)
 
 
 class FlowPrior(GuidedPrior, NetworkPrior):

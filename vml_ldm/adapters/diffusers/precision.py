@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...objective import PullBack, pullback
 
@@ -28,19 +30,24 @@ class Guard:
     def __init__(self):
         self.retries = Counter()
         self._upcast: dict[nn.Module, torch.dtype] = {}
-        self._thawed: list[nn.Parameter] = []
+        self._thawed: list[tuple[nn.Module, str]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
-        """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more."""
-        thawed = [p for network in networks for p in network.parameters() if p.requires_grad]
-        for parameter in thawed:
-            parameter.requires_grad_(False)
+        """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
+
+        Not under gradient checkpointing where hooks move or cast the weights: what it runs again keeps the values of
+        those weights alone that require a gradient.
+        """
+        kept = [n for n in networks if not (_is_hooked(n) and _is_checkpointed(n))]
+        thawed = [(n, name) for n in kept for name, p in n.named_parameters() if p.requires_grad]
+        for network, name in thawed:
+            network.get_parameter(name).requires_grad_(False)
         self._thawed += thawed
 
     def restore(self) -> None:
         """Leave the networks as they came: their gradients' flags, and their precision if it was lifted."""
-        for parameter in self._thawed:
-            parameter.requires_grad_(True)
+        for network, name in self._thawed:  # by name: offloading may have put other parameters there
+            network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
         for network, dtype in self._upcast.items():
             network.to(dtype)
@@ -67,12 +74,18 @@ class Guard:
         self, name: str, network: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor
     ) -> tuple[Tensor, PullBack]:
         """`pullback` with both passes checked; the cotangent goes in at unit size, image by image."""
-        value, pull = self._finite(name, network, lambda: pullback(function, x))
+
+        def run() -> tuple[Tensor, PullBack]:
+            with _weights_kept(network):
+                return pullback(function, x)
+
+        value, pull = self._finite(name, network, run)
 
         def checked(cotangent: Tensor) -> Tensor:
+            _fetch(network, cotangent.device)
             scale = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
             first = lambda: (pull(cotangent / scale) * scale,)  # noqa: E731
-            again = lambda: (pullback(function, x)[1](cotangent / scale) * scale,)  # noqa: E731
+            again = lambda: (run()[1](cotangent / scale) * scale,)  # noqa: E731
             return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
@@ -104,6 +117,33 @@ def cast(value, dtype: torch.dtype):
     if isinstance(value, dict):
         return {name: cast(item, dtype) for name, item in value.items()}
     return type(value)(cast(item, dtype) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _weights_kept(network: nn.Module) -> AbstractContextManager:
+    """Graphs made inside keep the weights as they are, for networks whose hooks move or cast them after each pass.
+
+    Offloading and layerwise casting exchange a parameter's data in place, so that a backward pass would find them on
+    another device, in another precision or, offloaded to a disk, overwritten. Kept weights stay where the pass had
+    them until its graph is gone.
+    """
+    return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if _is_hooked(network) else nullcontext()
+
+
+def _fetch(network: nn.Module, device: torch.device) -> None:
+    """Bring an offloaded network back where its backward pass runs parts of it again (gradient checkpointing)."""
+    hook, weight = getattr(network, "_hf_hook", None), next(network.parameters(), None)
+    away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
+    if away and hasattr(hook, "pre_forward") and _is_checkpointed(network):
+        hook.pre_forward(network)
+
+
+def _is_hooked(network: nn.Module) -> bool:
+    """Whether accelerate or diffusers moves or casts the network's weights around its passes."""
+    return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
+
+
+def _is_checkpointed(network: nn.Module) -> bool:
+    return getattr(network, "is_gradient_checkpointing", False)
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -1,0 +1,29 @@
+"""Make diffusers' own loaders find the pipelines of this package."""
+
+from __future__ import annotations
+
+import diffusers
+from diffusers.pipelines import auto_pipeline as automatic
+
+from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+
+PIPELINES = (VMLInpaintPipeline, VMLRestorePipeline)
+_INPAINTING = {"stable-diffusion": VMLInpaintPipeline}  # by diffusers' name of the family
+
+
+def register() -> None:
+    """Let diffusers load checkpoints that these pipelines saved. Calling it again changes nothing.
+
+    `DiffusionPipeline.from_pretrained` finds every pipeline of this package by the name that `save_pretrained` wrote.
+    `AutoPipelineForInpainting` finds the inpainting ones, of a folder or of a pipeline, and `AutoPipelineForText2Image`
+    and `AutoPipelineForImage2Image` find the stock pipeline of the same family. What diffusers loads for checkpoints
+    that others saved stays as it is.
+    """
+    for pipeline in PIPELINES:
+        setattr(diffusers, pipeline.__name__, pipeline)
+    for family, pipeline in _INPAINTING.items():
+        name = f"{family}-vml"
+        for stock in (automatic.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, automatic.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING):
+            stock[name] = stock[family]
+        automatic.AUTO_INPAINT_PIPELINES_MAPPING[name] = pipeline
