@@ -19,15 +19,15 @@ negative prompts' rows come first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -42,6 +42,7 @@ from vml_ldm.adapters.diffusers import (
     scheduler_levels,
 )
 from vml_ldm.images import to_pil
+from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import Settings
 from vml_ldm.report import Report
@@ -74,30 +75,16 @@ class Measured(NamedTuple):
     latent: Tensor
 
 
-def with_gradient_vae(stock: type[DiffusionPipeline]) -> Callable:
-    """`__init__` of a stock pipeline, with `gradient_vae` as one more component."""
-
-    def __init__(self, *args, gradient_vae=None, **kwargs):
-        stock.__init__(self, *args, **kwargs)
-        self.register_modules(gradient_vae=gradient_vae)
-
-    kind = AutoencoderTiny | None
-    signature = inspect.signature(stock.__init__)
-    own = inspect.Parameter(GRADIENT_VAE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-    __init__.__signature__ = signature.replace(
-        parameters=[*signature.parameters.values(), own]
-    )  # diffusers reads these
-    __init__.__annotations__ = {**get_type_hints(stock.__init__), GRADIENT_VAE: kind}
-    return __init__
-
-
 class SolvingMixin:
     """The steps of a solve on the components and methods of the Stable Diffusion pipeline that it is mixed into.
 
-    One component is ours: `gradient_vae` (None, or for example an `AutoencoderTiny`), a small decoder of the same
-    latents, with which the solver draws at all levels but the last.
+    Attributes:
+        gradient_vae: None, or a small decoder of the same latents (an `AutoencoderTiny`), with which the solver draws
+            at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
+            the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
     """
 
+    gradient_vae: AutoencoderTiny | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
 
@@ -107,18 +94,32 @@ class SolvingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load as `DiffusionPipeline.from_pretrained` does.
+        """Load as `DiffusionPipeline.from_pretrained` does, and a local folder's `gradient_vae/` too.
 
-        A local folder's `gradient_vae/` is loaded too, whether or not its model_index.json, which stock pipelines also
-        read, names it. Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another, or none.
+        Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another, or none.
         """
         folder = Path(pretrained_model_name_or_path) / GRADIENT_VAE
-        if GRADIENT_VAE not in kwargs and folder.is_dir():
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            if isinstance(dtype, dict):
-                dtype = dtype.get(GRADIENT_VAE, dtype.get("default"))
-            kwargs[GRADIENT_VAE] = AutoencoderTiny.from_pretrained(folder).to(dtype=dtype or torch.float32)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if GRADIENT_VAE in kwargs:
+            small = kwargs.pop(GRADIENT_VAE)
+        else:
+            small = AutoencoderTiny.from_pretrained(folder) if folder.is_dir() else None
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe.gradient_vae = small
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As `DiffusionPipeline.from_pipe`; `gradient_vae` is the given one's unless another is passed."""
+        small = kwargs.pop(GRADIENT_VAE, getattr(pipeline, GRADIENT_VAE, None))
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.gradient_vae = small
+        return pipe
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `DiffusionPipeline.save_pretrained`, and `gradient_vae` into a folder of its own."""
+        if self.gradient_vae is not None:
+            self.gradient_vae.save_pretrained(Path(save_directory) / GRADIENT_VAE)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.
@@ -264,8 +265,12 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=prior.drafting(prior.prior.draft(self.gradient_vae)) if draft else None,
+            draft=prior.drafting(self._draft(prior.prior)) if draft else None,
         )
+
+    def _draft(self, prior: GuidedPrior) -> Prior:
+        """The prior with the small decoder, which is moved to where the VAE is."""
+        return prior.draft(self.gradient_vae.to(self._execution_device, self.vae.dtype))
 
     def _follow(
         self, a: SimpleNamespace, solving: Iterator[Level], count: int, timesteps: Tensor, tensors: dict, prior: Metered

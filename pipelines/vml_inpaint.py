@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, with_gradient_vae
+from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
 
 
 class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPipeline):
@@ -18,11 +18,8 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
     The known pixels are a measurement ``y = m * x0`` at full resolution, and the decoder is part of the operator: at
     each noise level the latent descends the variational mode-seeking loss (`vml_ldm.objective`), then moves to the
     next level. Loading, components and every argument are those of `StableDiffusionInpaintPipeline`; white is
-    repainted. One component is added, see `gradient_vae` in `SolvingMixin`.
+    repainted. See `SolvingMixin` for `gradient_vae`.
     """
-
-    _optional_components: ClassVar = [*StableDiffusionInpaintPipeline._optional_components, GRADIENT_VAE]
-    __init__ = with_gradient_vae(StableDiffusionInpaintPipeline)
 
     @torch.no_grad()
     def __call__(
@@ -94,7 +91,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
-            use_gradient_vae: draw with the component `gradient_vae`, a small decoder of the same latents (an
+            use_gradient_vae: draw with `gradient_vae`, a small decoder of the same latents (an
                 `AutoencoderTiny`; the bundled checkpoint has one), at all levels but the last. None: if there is one
                 and the Jacobian is exact.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3InpaintPipeline
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, SchedulerLevels, check_flow_scheduler, flow_levels
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, sides, with_gradient_vae
+from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput, sides
 
 _POOLED = "pooled_prompt_embeds"
 
@@ -23,15 +23,11 @@ _POOLED = "pooled_prompt_embeds"
 class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3InpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion 3 or 3.5 checkpoint.
 
-    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. One
-    component is added, see `gradient_vae` in `SolvingMixin`.
+    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. See `SolvingMixin` for `gradient_vae`.
     """
 
     _denoiser_name, _prior_class = "transformer", FlowPrior
     _check_scheduler = staticmethod(check_flow_scheduler)
-
-    _optional_components: ClassVar = [*StableDiffusion3InpaintPipeline._optional_components, GRADIENT_VAE]
-    __init__ = with_gradient_vae(StableDiffusion3InpaintPipeline)
 
     @torch.no_grad()
     def __call__(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLInpaintPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import GRADIENT_VAE, VMLPipelineOutput, with_gradient_vae
+from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
 
 
 class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion XL checkpoint: base, refiner, few-step or inpainting.
 
-    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. One
-    component is added, see `gradient_vae` in `SolvingMixin`. A float16 VAE with `force_upcast` runs in float32, with
+    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. See `SolvingMixin` for `gradient_vae`. A float16 VAE with `force_upcast` runs in float32, with
     its gradient.
     """
-
-    _optional_components: ClassVar = [*StableDiffusionXLInpaintPipeline._optional_components, GRADIENT_VAE]
-    __init__ = with_gradient_vae(StableDiffusionXLInpaintPipeline)
 
     @torch.no_grad()
     def __call__(

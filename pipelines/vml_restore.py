@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
-from vml_ldm.pipelines._solving import GRADIENT_VAE, SolvingMixin, VMLPipelineOutput, with_gradient_vae
+from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
 from vml_ldm.red import RedDiff
 
 
 class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion 1.x or 2.x text-to-image checkpoint.
 
-    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`, and one more,
-    see `gradient_vae` in `SolvingMixin`.
+    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`. See `SolvingMixin` for `gradient_vae`.
     """
-
-    _optional_components: ClassVar = [*StableDiffusionPipeline._optional_components, GRADIENT_VAE]
-    __init__ = with_gradient_vae(StableDiffusionPipeline)
 
     @torch.no_grad()
     def __call__(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
-from vml_ldm.pipelines._solving import GRADIENT_VAE, VMLPipelineOutput, with_gradient_vae
+from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
 from vml_ldm.red import RedDiff
 
@@ -19,12 +19,9 @@ from vml_ldm.red import RedDiff
 class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion XL text-to-image checkpoint.
 
-    Loading and components are those of `StableDiffusionXLPipeline`, and one more, see `gradient_vae` in `SolvingMixin`.
+    Loading and components are those of `StableDiffusionXLPipeline`. See `SolvingMixin` for `gradient_vae`.
     A float16 VAE with `force_upcast` runs in float32, with its gradient.
     """
-
-    _optional_components: ClassVar = [*StableDiffusionXLPipeline._optional_components, GRADIENT_VAE]
-    __init__ = with_gradient_vae(StableDiffusionXLPipeline)
 
     @torch.no_grad()
     def __call__(

@@ -22,8 +22,9 @@ CALL = {
 }
 
 
-def load(cls=VMLInpaintPipeline, **components):
-    pipe = cls(**tiny.components(), requires_safety_checker=False, **components)
+def load(gradient_vae=None):
+    pipe = VMLInpaintPipeline(**tiny.components(), requires_safety_checker=False)
+    pipe.gradient_vae = gradient_vae
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -64,11 +65,10 @@ def test_a_folder_has_it_without_naming_it(tmp_path):
     folder = tiny.save(tmp_path / "model")
     assert VMLInpaintPipeline.from_pretrained(folder).gradient_vae is None
     tiny.gradient_vae().save_pretrained(tmp_path / "model" / "gradient_vae")
-    for dtype in (torch.bfloat16, {"gradient_vae": torch.bfloat16, "default": torch.float32}):
-        assert VMLInpaintPipeline.from_pretrained(folder, dtype=dtype).gradient_vae.dtype == torch.bfloat16
     pipe = VMLInpaintPipeline.from_pretrained(folder)
-    assert pipe.gradient_vae.dtype == torch.float32
+    assert pipe.gradient_vae is not None
     assert VMLRestorePipeline.from_pretrained(folder).gradient_vae is not None
+    assert StableDiffusionInpaintPipeline.from_pretrained(folder).components.keys() == pipe.components.keys()
     assert VMLInpaintPipeline.from_pretrained(folder, gradient_vae=None).gradient_vae is None
     pipe.save_pretrained(tmp_path / "again")
     assert VMLInpaintPipeline.from_pretrained(tmp_path / "again").gradient_vae is not None
@@ -76,7 +76,7 @@ def test_a_folder_has_it_without_naming_it(tmp_path):
 
 def test_it_comes_along_between_pipelines(pipe):
     assert VMLRestorePipeline.from_pipe(pipe).gradient_vae is pipe.gradient_vae
-    stock = StableDiffusionInpaintPipeline.from_pipe(pipe)
+    stock = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
     assert VMLInpaintPipeline.from_pipe(stock).gradient_vae is None
 
 
@@ -95,3 +95,13 @@ def test_what_does_not_fit_is_refused_before_any_work(pipe):
     two = {"decoder_block_out_channels": (8, 8), "num_decoder_blocks": (1, 1)}
     with pytest.raises(ValueError, match="4 latent channels and stride 2; expected 4 and 8"):
         solve(load(gradient_vae=tiny.gradient_vae(**two)))
+
+
+def test_it_follows_the_vae_s_precision(pipe):
+    half = VMLInpaintPipeline.from_pipe(pipe, gradient_vae=tiny.gradient_vae(), dtype=torch.float32)
+    half.vae.to(torch.bfloat16)
+    try:
+        assert torch.isfinite(solve(half, num_inference_steps=6).images).all()
+        assert half.gradient_vae.dtype == torch.bfloat16
+    finally:
+        half.vae.to(torch.float32)
