@@ -23,7 +23,8 @@ _POOLED = "pooled_prompt_embeds"
 class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3InpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion 3 or 3.5 checkpoint.
 
-    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. See `SolvingMixin` for `gradient_vae`.
+    Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. See
+    `SolvingMixin` for `gradient_vae`.
     """
 
     _denoiser_name, _prior_class = "transformer", FlowPrior

@@ -17,8 +17,8 @@ from vml_ldm.pipelines._xl import XLMixin
 class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion XL checkpoint: base, refiner, few-step or inpainting.
 
-    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. See `SolvingMixin` for `gradient_vae`. A float16 VAE with `force_upcast` runs in float32, with
-    its gradient.
+    Loading, components and every argument are those of `StableDiffusionXLInpaintPipeline`; white is repainted. See
+    `SolvingMixin` for `gradient_vae`. A float16 VAE with `force_upcast` runs in float32, with its gradient.
     """
 
     @torch.no_grad()

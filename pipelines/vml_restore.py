@@ -17,7 +17,8 @@ from vml_ldm.red import RedDiff
 class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
     """Restoration of any measurement ``y = A(x0) + n`` with any Stable Diffusion 1.x or 2.x text-to-image checkpoint.
 
-    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`. See `SolvingMixin` for `gradient_vae`.
+    The decoder is part of the operator. Loading and components are those of `StableDiffusionPipeline`. See
+    `SolvingMixin` for `gradient_vae`.
     """
 
     @torch.no_grad()
