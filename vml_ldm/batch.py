@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import diffusers
@@ -39,6 +40,7 @@ from vml_ldm.posing import Inpaint, Restore, digest, model_sizes
 
 __all__ = ["Inpaint", "Outcome", "Restore", "image_names", "image_seed", "process", "solve_folder"]
 
+_ALIGNMENT = 64  # bytes
 _POLL = 0.2  # seconds between looks at what other processes have finished
 _OURS = (
     *("self", "prompt", "generator", "output_type", "return_dict", "return_report", "num_images_per_prompt"),
@@ -134,6 +136,7 @@ def solve_folder(
         return _Plan(uuid.uuid4().hex[:8], settings, tuple(names), [batch for batch in missing if batch])
 
     agreed = _agree(state, plan)
+    _align(pipe)
     with held.pop() if held else lock(out, main=False), _silent(pipe):
         solver = _Solver(pipe, task, folder, prompt, seed, agreed.settings, arguments)
         _work(state, agreed, solver, out, show)
@@ -288,6 +291,19 @@ def _tell(bar: tqdm, follower: Follower) -> None:
         bar.update()
         if "error" in record and not bar.disable:
             bar.write(f"{record['file']}: {record['error']}", file=sys.stderr)
+
+
+def _align(pipe) -> None:
+    """Move weights on the CPU to where the allocator aligns them.
+
+    A file that was mapped into memory begins anywhere, elsewhere in one process than in the next, and the order in
+    which products of matrices are summed depends on it.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            for tensor in chain(part.parameters(), part.buffers()):
+                if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+                    tensor.data = tensor.data.clone()
 
 
 @contextmanager
