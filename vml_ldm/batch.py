@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -122,24 +122,25 @@ def solve_folder(
     """
     folder, out = Path(folder), Path(out)
     settings = _settings(pipe, task, prompt, seed, arguments)
-    state, held = process(), []
+    state, held = process(), ExitStack()
 
     def plan() -> _Plan:
         names = image_names(folder, out)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more.")
         out.mkdir(parents=True, exist_ok=True)
-        held.append(lock(out, main=True))
+        held.enter_context(lock(out, main=True))
         finished = _finished(names, task, folder, out, settings, force)
         batches = [names[start : start + batch_size] for start in range(0, len(names), batch_size)]
         missing = [[name for name in batch if name not in finished] for batch in batches]
         return _Plan(uuid.uuid4().hex[:8], settings, tuple(names), [batch for batch in missing if batch])
 
-    agreed = _agree(state, plan)
-    _align(pipe)
-    with held.pop() if held else lock(out, main=False), _silent(pipe):
-        solver = _Solver(pipe, task, folder, prompt, seed, agreed.settings, arguments)
-        _work(state, agreed, solver, out, show)
+    with held, _silent(pipe):
+        agreed = _agree(state, plan)
+        if not state.is_main_process:
+            held.enter_context(lock(out, main=False))
+        _align(pipe)
+        _work(state, agreed, _Solver(pipe, task, folder, prompt, seed, agreed.settings, arguments), out, show)
     failed = {record["file"]: record["error"] for record in read(out) if "error" in record}
     return Outcome(agreed.names, agreed.kept, {name: failed[name] for name in agreed.names if name in failed})
 

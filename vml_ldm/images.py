@@ -27,11 +27,11 @@ def load_image(path) -> Image.Image:
 def read_image(path) -> Image.Image:
     """An image file as it is, fully read. Raises ValueError for anything else."""
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
+            return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image that can be read ({' '.join(str(error).split())}).") from error
-    return image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
