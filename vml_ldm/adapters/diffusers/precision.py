@@ -1,4 +1,4 @@
-"""Networks in their own precision, checked: what is not finite in half precision is run once more in float32."""
+"""Networks in their own precision, on their own device, checked: what is not finite is run once more in float32."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ class Guard:
         """The precision to hand the network its inputs in."""
         return torch.float32 if network in self._upcast else network.dtype
 
+    def place(self, network: nn.Module, x: Tensor) -> Tensor:
+        """x as the network takes it: in its precision and on its device."""
+        return x.to(device_of(network, x), self.dtype(network))
+
     def run(self, name: str, network: nn.Module, function: Callable[[], Tensor]) -> Tensor:
         """``function()``, which calls `network`; `name` is what warnings and errors call it.
 
@@ -89,6 +93,24 @@ class Guard:
         self._upcast[network] = network.dtype
         self.retries[name] += 1
         network.to(torch.float32)
+
+
+def device_of(network: nn.Module, x: Tensor) -> torch.device:
+    """Where to hand the network its input x: parts of a pipeline may lie on different devices.
+
+    A network that a host has hooked (offloading, ``device_map``) fetches inputs, or itself, to where it runs: x stays.
+    """
+    hooked = hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+    return x.device if hooked else network.device
+
+
+def move(value, device: torch.device):
+    """The tensors in a tensor, dict, list or tuple, on a device. Containers are copied."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: move(item, device) for name, item in value.items()}
+    return type(value)(move(item, device) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _is_finite(x: Tensor) -> bool:

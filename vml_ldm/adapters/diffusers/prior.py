@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .precision import move
 from .unet import LatentPrior
 
 GUIDANCE_REACH = 0.1  # chosen on the validation images
@@ -64,18 +65,19 @@ class StableDiffusionPrior(LatentPrior):
         """The UNet's output for a condition (None: the prompt), float32."""
         condition = self.condition if condition is None else condition
         inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
-        dtype = self._guard.dtype(self.unet)
-        condition = {**condition, "encoder_hidden_states": condition["encoder_hidden_states"].to(dtype)}
-        out = self.unet(inputs.to(dtype), torch.as_tensor(t, device=x.device), return_dict=False, **condition)
-        return out[0].to(x.dtype)
+        placed = self._guard.place(self.unet, inputs)
+        text = condition["encoder_hidden_states"].to(placed)
+        condition = move({**condition, "encoder_hidden_states": text}, placed.device)
+        out = self.unet(placed, torch.as_tensor(t, device=placed.device), return_dict=False, **condition)
+        return out[0].to(x)
 
     def _encode(self, image: Tensor) -> Tensor:
-        moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
-        return (moments.latent_dist.mode().to(image.dtype) - self._shift) * self.vae.config.scaling_factor
+        moments = self.vae.encode(self._guard.place(self.vae, 2 * image - 1))
+        return (moments.latent_dist.mode().to(image) - self._shift) * self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
         latent = z / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(latent.to(self._guard.dtype(self.vae)), return_dict=False)[0].to(z.dtype) / 2 + 0.5
+        return self.vae.decode(self._guard.place(self.vae, latent), return_dict=False)[0].to(z) / 2 + 0.5
 
     @property
     def _shift(self) -> float:

@@ -39,9 +39,9 @@ class LDMPrior(LatentPrior):
         super().__init__(unet=unet, vae=vqvae, scheduler=scheduler)
 
     def _encode(self, image: Tensor) -> Tensor:
-        latent = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)), return_dict=False)[0]
-        return latent.to(image.dtype) * self.vae.config.scaling_factor
+        latent = self.vae.encode(self._guard.place(self.vae, 2 * image - 1), return_dict=False)[0]
+        return latent.to(image) * self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
-        latent = (z / self.vae.config.scaling_factor).to(self._guard.dtype(self.vae))
-        return self.vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+        latent = self._guard.place(self.vae, z / self.vae.config.scaling_factor)
+        return self.vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z) / 2 + 0.5
