@@ -50,6 +50,7 @@ def test_version_and_help_load_nothing_heavy(tmp_path: Path) -> None:
         ["inpaint", "--help"],
         ["restore", "--help"],
         ["demo", "--help"],
+        ["batch", "--help"],
         ["benchmark", "--help"],
     ):
         code = (

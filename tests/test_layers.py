@@ -33,6 +33,8 @@ RULES = {
     "vml_ldm.assets": Rule(0, frozenset()),
     "vml_ldm.operators": Rule(0, frozenset({"torch"})),
     "vml_ldm.damage": Rule(1, frozenset({"torch"})),
+    "vml_ldm.posing": Rule(2, frozenset({"torch"})),
+    "vml_ldm.manifest": Rule(0, frozenset()),
     "vml_ldm.fitting": Rule(1, frozenset({"torch"})),
     "vml_ldm.objective": Rule(1, frozenset({"torch"})),
     "vml_ldm.optimize": Rule(2, frozenset({"torch"})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -79,3 +80,9 @@ TASKS: dict[str, Callable[..., Damage]] = {
     "colorize": discoloured,
     "hdr": clipped,
 }
+
+
+def parameters(task: str) -> dict[str, inspect.Parameter]:
+    """What a task can be asked for, by name."""
+    every = inspect.signature(TASKS[task]).parameters
+    return {name: p for name, p in every.items() if p.kind is p.KEYWORD_ONLY}

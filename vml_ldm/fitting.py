@@ -59,8 +59,8 @@ class Fit:
         nothing of what is to be repainted enters. Padding is unknown.
 
         Args:
-            image: (1, 3, H, W) in [0, 1].
-            mask: (1, 1, H, W) in [0, 1], 1 = known.
+            image: (B, 3, H, W) in [0, 1].
+            mask: (B, 1, H, W) in [0, 1], 1 = known.
         """
         if self.scaled != self.size:
             share = self._scale(mask)
@@ -78,7 +78,7 @@ class Fit:
         """The solver's image at the first size, with the known pixels of the first image in it, unchanged.
 
         Args:
-            painted: (1, 3, h, w) of the padded size.
+            painted: (B, 3, h, w) of the padded size.
             image, mask: as given to `bring`.
         """
         painted = painted[..., : self.scaled[0], : self.scaled[1]]
@@ -138,7 +138,7 @@ class Window:
         return f"size       {_by(self.found)}, {', '.join(steps)}; the result is {_by(self.image)}"
 
     def bring(self, y: Tensor) -> Tensor:
-        """The measurement (1, C, h, w) in [0, 1] as the solver gets it."""
+        """Measurements (B, C, h, w) in [0, 1] as the solver gets it."""
         if self.scaled != self.found:
             y = F.interpolate(y, self.scaled, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = ((whole - part) // 2 // _GRID * _GRID for whole, part in zip(self.scaled, self.used, strict=True))

@@ -24,6 +24,16 @@ def load_image(path) -> Image.Image:
         return upright_rgb(image)
 
 
+def read_image(path) -> Image.Image:
+    """An image file as it is, fully read. Raises ValueError for anything else."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read ({' '.join(str(error).split())}).") from error
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turned by its EXIF orientation, transparency laid on white, one channel repeated to three."""
     image = ImageOps.exif_transpose(image)
@@ -101,6 +111,9 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in array]
 
 
-def from_pil(image: Image.Image) -> Tensor:
-    """A PIL image -> (1, 3, H, W) float32 in [0, 1], upright, on white."""
-    return torch.from_numpy(np.asarray(upright_rgb(image), dtype=np.float32) / 255).permute(2, 0, 1)[None]
+def from_pil(image: Image.Image, channels: int = 3) -> Tensor:
+    """A PIL image -> (1, channels, H, W) float32 in [0, 1], upright, on white; one channel is the lightness."""
+    upright = upright_rgb(image)
+    pixels = upright if channels == 3 else upright.convert("L")
+    array = np.asarray(pixels, dtype=np.float32).reshape(upright.height, upright.width, channels) / 255
+    return torch.from_numpy(array).permute(2, 0, 1)[None]

@@ -1,4 +1,4 @@
-"""The command line: ``vml-ldm inpaint``, ``restore``, ``demo``, ``benchmark``. Heavy imports are inside functions."""
+"""The command line: ``vml-ldm inpaint``, ``restore``, ``batch``, ``demo``, ``benchmark``. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vml_ldm
 
-from . import benchmark, demo, inpaint, restore
+from . import batch, benchmark, demo, inpaint, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -28,7 +28,7 @@ TASKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 2 the user's error, 130 interrupted)."""
+    """Run the command line; return the exit status: 0 done, 1 not all images, 2 the user's error, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inpaint(commands.add_parser("inpaint", help="repaint the white part of a mask in an image"))
     _add_restore(commands.add_parser("restore", help="an image from a small, blurred, compressed, ... one"))
+    _add_batch(commands.add_parser("batch", help="inpaint or restore every image of a folder"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
     _add_benchmark(commands.add_parser("benchmark", help="compare restoration with RED-diff and naive answers"))
     return parser
@@ -70,21 +71,49 @@ def _add_inpaint(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
-    tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.description = (
         "Find an image whose damage by the task gives IMAGE, the measurement. One that is larger or smaller than what "
         "the model was trained on is scaled, or where the damage is tied to its pixels (motion, kernel, jpeg), cropped."
     )
     parser.add_argument("image", metavar="IMAGE", type=Path)
-    parser.add_argument("--task", choices=tuple(TASKS), required=True, help=tasks)
+    _add_task(parser, TASKS)
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="file to write (PNG)")
     parser.add_argument(
         "--simulate", action="store_true", help="IMAGE is clean: damage it first, and write that to OUT-measured.png"
     )
+    _add_painting(parser)
+    _add_damage(parser)
+    parser.set_defaults(run=restore.run)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Solve every image of FOLDER and write PNG files and manifest.jsonl into OUT. A run that was interrupted goes "
+        "on where it was. In several processes, also on several machines that share both folders: "
+        "accelerate launch --num_processes N -m vml_ldm.cli batch FOLDER ..."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    _add_task(parser, {batch.INPAINT: "repaint the white part of a mask", **TASKS})
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time (default: 4)")
+    _add_painting(parser)
+    painting = parser.add_argument_group("inpainting")
+    painting.add_argument("--mask", metavar="PATH", type=Path, help="of all images; or a folder, a mask for each name")
+    painting.add_argument("--size", type=_positive, metavar="PIXELS", help="shorter side to solve at")
+    _add_damage(parser)
+    parser.set_defaults(run=batch.run)
+
+
+def _add_task(parser: argparse.ArgumentParser, tasks: dict[str, str]) -> None:
+    described = "; ".join(f"{name}: {what}" for name, what in tasks.items())
+    parser.add_argument("--task", choices=tuple(tasks), required=True, help=described)
+
+
+def _add_damage(parser: argparse.ArgumentParser) -> None:
+    """What the commands that restore share."""
     parser.add_argument(
         "--noise", type=_not_negative, default=0.0, metavar="STD", help="of the measurement, in [0, 1] (default: 0)"
     )
-    _add_painting(parser)
     parser.add_argument("--solver", choices=SOLVERS, help="default: the pipeline's (vml)")
     damage = parser.add_argument_group("the damage")
     damage.add_argument("--mode", choices=("bicubic", "average"), help="of sr4 and sr8 (default: bicubic)")
@@ -95,7 +124,6 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
     damage.add_argument("--kernel", type=Path, metavar="FILE", help="a picture of kernel's kernel, black around it")
     damage.add_argument("--quality", type=int, help="that jpeg was saved with, 1 to 100 (default: 10)")
     damage.add_argument("--contrast", type=float, help="of hdr, > 0 (default: 2)")
-    parser.set_defaults(run=restore.run)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +171,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_painting(parser: argparse.ArgumentParser) -> None:
-    """What the commands that write one image share."""
+    """What the commands that write images share."""
     parser.add_argument("--prompt", default="", help="what to paint (default: nothing in particular)")
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -5,28 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import vml_ldm
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class UsageError(Exception):
     """Something the user can put right; shown as one line."""
-
-
-def read_image(path: Path) -> Image.Image:
-    from PIL import Image
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} is no image that can be read ({one_line(error)}).") from error
-    return image
 
 
 def check_exists(path: Path) -> None:
@@ -77,8 +64,8 @@ def open_checkpoint(folder: Path | None) -> str:
     return str(folder)
 
 
-def load(model: str, pipeline: str):
-    """A pipeline of ours, by its public name, of a checkpoint; on the GPU if there is one."""
+def load(model: str, pipeline: str, device=None):
+    """A pipeline of ours, by its public name, of a checkpoint; on the GPU if there is one, or where it is asked for."""
     quiet()
     import torch
 
@@ -87,29 +74,42 @@ def load(model: str, pipeline: str):
         pipe = kind.from_pretrained(model, safety_checker=None, local_files_only=True)
     except Exception as error:  # loaders of four libraries, each with its own errors
         raise UsageError(f"{model} does not load as a Stable Diffusion checkpoint ({one_line(error)}).") from error
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def solve(pipe, options: argparse.Namespace, *, size: tuple[int, int], **problem):
-    """The pipeline's image (1, 3, *size) on the CPU and its report; `problem` goes to the call as it is, without None.
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A ValueError inside is the user's to put right."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
 
-    Options that were not given are left to the pipeline.
-    """
+
+def asked(options: argparse.Namespace) -> dict:
+    """The pipeline's arguments that were given; the others are left to the pipeline."""
+    every = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "preset": options.preset,
+        "solver": getattr(options, "solver", None),
+    }
+    return {name: value for name, value in every.items() if value is not None}
+
+
+def solve(pipe, options: argparse.Namespace, **problem):
+    """The pipeline's image (1, 3, height, width) on the CPU and its report; `problem` goes to the call as it is."""
     from torch import Generator
 
-    asked = {"num_inference_steps": options.steps, "guidance_scale": options.guidance, "preset": options.preset}
-    try:
+    with refusing():
         out = pipe(
             prompt=options.prompt,
-            height=size[0],
-            width=size[1],
             generator=Generator().manual_seed(options.seed),
             output_type="pt",
             return_report=True,
-            **{name: value for name, value in {**asked, **problem}.items() if value is not None},
+            **asked(options),
+            **problem,
         )
-    except ValueError as error:
-        raise UsageError(one_line(error)) from error
     return out.images.float().cpu(), out.report
 
 

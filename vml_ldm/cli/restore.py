@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import UsageError, check_exists, check_output, load, one_line, open_checkpoint, read_image, solve
+from .files import (
+    UsageError,
+    check_exists,
+    check_output,
+    load,
+    open_checkpoint,
+    refusing,
+    solve,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from vml_ldm.damage import Damage
+    from vml_ldm.posing import Restore
 
-_PARAMETERS = ("mode", "std", "length", "intensity", "kernel_seed", "kernel", "quality", "contrast")
+PARAMETERS = ("mode", "std", "length", "intensity", "kernel_seed", "kernel", "quality", "contrast")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,27 +32,19 @@ def run(options: argparse.Namespace) -> int:
     for path in outputs:
         check_output(path, options.force)
     check_exists(options.image)
-    picture, damage = read_image(options.image), _damage(options)
-    pipe = load(open_checkpoint(options.model), "VMLRestorePipeline")
-    from vml_ldm.fitting import Window
-    from vml_ldm.images import to_pil
+    from vml_ldm.images import from_pil, read_image, to_pil
+    from vml_ldm.posing import model_sizes
 
-    sizes = {"native": pipe.unet.config.sample_size * pipe.vae_scale_factor, "stride": pipe.vae_scale_factor}
+    with refusing():
+        picture = read_image(options.image)
+    task = restoration(options)
+    pipe = load(open_checkpoint(options.model), task.pipeline)
     if options.simulate:
-        picture = _damaged(picture, damage, options, sizes)
-    y = _to_tensor(picture, damage)
-    window = Window.choose(tuple(y.shape[2:]), **sizes, factor=damage.factor, scales=damage.scales)
-    print(window.text())
-    image, report = solve(
-        pipe,
-        options,
-        size=window.canvas,
-        y=window.bring(y),
-        operator=window.see(damage.make(window.scale)),
-        sigma_y=options.noise * min(1.0, window.scale),  # pixels that are averaged lose noise
-        solver=options.solver,
-    )
-    for path, result in zip(outputs, [*to_pil(window.take_back(image)), picture], strict=False):
+        picture = _damaged(picture, task, options.seed, model_sizes(pipe))
+    posed = task.pose(from_pil(picture, task.damage.channels), **model_sizes(pipe))
+    print(posed.text)
+    image, report = solve(pipe, options, **posed.arguments)
+    for path, result in zip(outputs, [*to_pil(posed.take_back(image)), picture], strict=False):
         result.save(path)
     print(report.text())
     print(f"wrote {' and '.join(map(str, outputs))}")
@@ -57,37 +56,36 @@ def _beside(output: Path) -> Path:
     return output.with_name(f"{output.stem}-measured.png")
 
 
-def _damage(options: argparse.Namespace) -> Damage:
-    """The task with its parameters, those that were given."""
-    from vml_ldm.damage import TASKS
+def restoration(options: argparse.Namespace) -> Restore:
+    """The task with its noise and parameters, those that were given."""
+    from vml_ldm.damage import parameters
+    from vml_ldm.posing import Restore
 
-    make = TASKS[options.task]
-    given = {name: getattr(options, name) for name in _PARAMETERS if getattr(options, name) is not None}
-    known = {name: p for name, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    given = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name) is not None}
+    known = parameters(options.task)
     if foreign := [name for name in given if name not in known]:
-        raise UsageError(f"{_flag(foreign[0])} came with --task {options.task}; expected {_named(known)}.")
+        raise UsageError(f"{flag(foreign[0])} came with --task {options.task}; expected {_named(known)}.")
     if missing := [name for name, p in known.items() if p.default is p.empty and name not in given]:
-        raise UsageError(f"--task {options.task} came without {_flag(missing[0])}; expected it.")
+        raise UsageError(f"--task {options.task} came without {flag(missing[0])}; expected it.")
     if "kernel" in given:
         given["kernel"] = _read_kernel(given["kernel"])
-    try:
-        return make(**given)
-    except ValueError as error:
-        raise UsageError(one_line(error)) from error
+    with refusing():
+        return Restore(options.task, options.noise, **given)
 
 
 def _read_kernel(path: Path) -> Tensor:
     """A picture as a kernel (h, w)."""
-    from vml_ldm.images import from_pil
+    from vml_ldm.images import from_pil, read_image
 
     check_exists(path)
-    kernel = from_pil(read_image(path))[0].mean(0)
+    with refusing():
+        kernel = from_pil(read_image(path))[0].mean(0)
     if not kernel.any():
         raise UsageError(f"{path} is all black; expected a picture of a kernel, bright where the light went.")
     return kernel
 
 
-def _damaged(picture: Image.Image, damage: Damage, options: argparse.Namespace, sizes: dict) -> Image.Image:
+def _damaged(picture: Image.Image, task: Restore, seed: int, sizes: dict) -> Image.Image:
     """A clean picture, brought to a size that the model solves, after the damage and its noise: 8 bits, as a file."""
     from torch import Generator, randn
 
@@ -96,26 +94,18 @@ def _damaged(picture: Image.Image, damage: Damage, options: argparse.Namespace, 
 
     clean = from_pil(picture)
     window = Window.choose(tuple(clean.shape[2:]), **sizes)
-    unit = math.lcm(sizes["stride"], damage.factor)
+    unit = math.lcm(sizes["stride"], task.damage.factor)
     height, width = (length // unit * unit for length in window.scaled)
     print(f"simulated  from {picture.width} x {picture.height}, brought to {width} x {height} first")
-    y = damage.make(1.0)(window.bring(clean)[..., :height, :width])
-    y = y + options.noise * randn(y.shape, generator=Generator().manual_seed(options.seed))
+    y = task.damage.make(1.0)(window.bring(clean)[..., :height, :width])
+    y = y + task.noise * randn(y.shape, generator=Generator().manual_seed(seed))
     (measured,) = to_pil(y.expand(-1, 3, -1, -1))
-    return measured if damage.channels == 3 else measured.convert("L")
+    return measured if task.damage.channels == 3 else measured.convert("L")
 
 
-def _to_tensor(picture: Image.Image, damage: Damage) -> Tensor:
-    """A picture as the damage's y, (1, C, h, w) in [0, 1]; colours that the damage takes away are left out."""
-    from vml_ldm.images import from_pil, upright_rgb
-
-    upright = upright_rgb(picture)
-    return from_pil(upright) if damage.channels == 3 else from_pil(upright.convert("L"))[:, :1]
-
-
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def _named(parameters: dict) -> str:
-    return f"only {', '.join(map(_flag, parameters))}" if parameters else "none of the damage's options"
+    return f"only {', '.join(map(flag, parameters))}" if parameters else "none of the damage's options"

@@ -7,6 +7,7 @@ state says nothing of z0: a solver takes the estimate there as it is, without in
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .network import NetworkPrior
@@ -82,6 +83,6 @@ class FlowPrior(GuidedPrior, NetworkPrior):
     def _denoise(self, x_t: Tensor, alpha: float, sigma: float, condition: dict | None = None) -> Tensor:
         x, s = x_t / (alpha + sigma), sigma / (alpha + sigma)  # on the straight line: a + s = 1
         inputs, condition = self._inputs(x, condition)
-        t = x.new_full((len(x),), s * self._steps)
+        t = torch.full((len(x),), s * self._steps, device=inputs.device)
         velocity = self.transformer(hidden_states=inputs, timestep=t, return_dict=False, **condition)[0]
-        return x - s * velocity.to(x.dtype)
+        return x - s * velocity.to(x)

@@ -1,4 +1,4 @@
-"""Networks in their own precision, checked: what is not finite in half precision is run once more in float32."""
+"""Networks in their own precision, on their own device, checked: what is not finite is run once more in float32."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ class Guard:
         """The precision to hand the network its inputs in."""
         return torch.float32 if network in self._upcast else network.dtype
 
+    def place(self, network: nn.Module, x: Tensor) -> Tensor:
+        """x as the network takes it: in its precision and on its device."""
+        return x.to(device_of(network, x), self.dtype(network))
+
     def run(self, name: str, network: nn.Module, function: Callable[[], Tensor]) -> Tensor:
         """``function()``, which calls `network`; `name` is what warnings and errors call it.
 
@@ -110,13 +114,13 @@ class Guard:
         self.upcast(network)
 
 
-def cast(value, dtype: torch.dtype):
-    """The floating-point tensors in a tensor, dict, list or tuple as `dtype`. Containers are copied."""
+def cast(value, like: Tensor):
+    """The tensors in a tensor, dict, list or tuple on like's device, floats in its precision. Containers are copied."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
     if isinstance(value, dict):
-        return {name: cast(item, dtype) for name, item in value.items()}
-    return type(value)(cast(item, dtype) for item in value) if isinstance(value, (list, tuple)) else value
+        return {name: cast(item, like) for name, item in value.items()}
+    return type(value)(cast(item, like) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _weights_kept(network: nn.Module) -> AbstractContextManager:
@@ -144,6 +148,15 @@ def _is_hooked(network: nn.Module) -> bool:
 
 def _is_checkpointed(network: nn.Module) -> bool:
     return getattr(network, "is_gradient_checkpointing", False)
+
+
+def device_of(network: nn.Module, x: Tensor) -> torch.device:
+    """Where to hand the network its input x: parts of a pipeline may lie on different devices.
+
+    A network that a host has hooked (offloading, ``device_map``) fetches inputs, or itself, to where it runs: x stays.
+    """
+    hooked = hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
+    return x.device if hooked else network.device
 
 
 def _is_finite(x: Tensor) -> bool:

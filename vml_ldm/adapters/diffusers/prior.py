@@ -43,20 +43,20 @@ class GuidedPrior(Autoencoded):
         return z0_hat + push * (reach / rms.clamp(min=reach))
 
     def _inputs(self, x: Tensor, condition: dict | None) -> tuple[Tensor, dict]:
-        """The state with what is appended to it, and a condition (None: the prompt), in the denoiser's precision."""
+        """The state with what is appended to it, and a condition (None: the prompt), as the denoiser takes them."""
         inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
-        dtype = self._guard.dtype(self._network)
-        return inputs.to(dtype), cast(self.condition if condition is None else condition, dtype)
+        placed = self._guard.place(self._network, inputs)
+        return placed, cast(self.condition if condition is None else condition, placed)
 
     def _encode(self, image: Tensor) -> Tensor:
-        moments = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)))
+        moments = self.vae.encode(self._guard.place(self.vae, 2 * image - 1))
         shift, scale = _normalisation(self.vae, image)
-        return (moments.latent_dist.mode().to(image.dtype) - shift) * scale
+        return (moments.latent_dist.mode().to(image) - shift) * scale
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
         shift, scale = _normalisation(vae, z)
-        latent = (z / scale + shift).to(self._guard.dtype(vae))
-        return vae.decode(latent, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+        latent = self._guard.place(vae, z / scale + shift)
+        return vae.decode(latent, return_dict=False)[0].to(z) / 2 + 0.5
 
 
 def _normalisation(vae: nn.Module, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -105,8 +105,8 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
     def _predict(self, x: Tensor, t: float, condition: dict | None = None) -> Tensor:
         """The UNet's output for a condition (None: the prompt), float32."""
         inputs, condition = self._inputs(x, condition)
-        out = self.unet(inputs, torch.as_tensor(t, device=x.device), return_dict=False, **condition)
-        return out[0].to(x.dtype)
+        out = self.unet(inputs, torch.as_tensor(t, device=inputs.device), return_dict=False, **condition)
+        return out[0].to(x)
 
 
 class StableDiffusionXLPrior(StableDiffusionPrior):

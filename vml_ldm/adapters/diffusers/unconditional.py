@@ -41,9 +41,9 @@ class LDMPrior(Autoencoded, UNetPrior):
         self.vae = vqvae
 
     def _encode(self, image: Tensor) -> Tensor:
-        latent = self.vae.encode((2 * image - 1).to(self._guard.dtype(self.vae)), return_dict=False)[0]
-        return latent.to(image.dtype) * self.vae.config.scaling_factor
+        latent = self.vae.encode(self._guard.place(self.vae, 2 * image - 1), return_dict=False)[0]
+        return latent.to(image) * self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
-        latent = (z / vae.config.scaling_factor).to(self._guard.dtype(vae))
-        return vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z.dtype) / 2 + 0.5
+        latent = self._guard.place(vae, z / vae.config.scaling_factor)
+        return vae.decode(latent, force_not_quantize=True, return_dict=False)[0].to(z) / 2 + 0.5

@@ -47,8 +47,9 @@ class UNetPrior(NetworkPrior):
 
     def _predict(self, x: Tensor, t: float) -> Tensor:
         """The output of an unconditional UNet, float32, without the variance that some predict beside the mean."""
-        out = self.unet(x.to(self._guard.dtype(self.unet)), torch.as_tensor(t, device=x.device), return_dict=False)
-        return out[0][:, : x.shape[1]].to(x.dtype)
+        placed = self._guard.place(self.unet, x)
+        out = self.unet(placed, torch.as_tensor(t, device=placed.device), return_dict=False)
+        return out[0][:, : x.shape[1]].to(x)
 
 
 def _check_time(unet: nn.Module) -> None:

@@ -1,0 +1,68 @@
+"""``vml-ldm batch``: a folder of image files, in one process or in as many as a launcher started."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from .files import UsageError, asked, load, open_checkpoint, quiet, refusing
+from .restore import PARAMETERS, flag, restoration
+
+if TYPE_CHECKING:
+    from vml_ldm.posing import Inpaint, Restore
+
+EXIT_FAILED = 1
+INPAINT = "inpaint"
+_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver", *PARAMETERS)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Solve every image of a folder; return 1 if some could not be solved."""
+    task, model = _task(options), open_checkpoint(options.model)
+    quiet()
+    from vml_ldm.batch import image_names, process, solve_folder
+
+    with refusing():
+        image_names(options.folder, options.output)
+    state = process()
+    pipe = load(model, task.pipeline, state.device)
+    try:
+        with refusing():
+            outcome = solve_folder(
+                pipe,
+                task,
+                options.folder,
+                options.output,
+                prompt=options.prompt,
+                seed=options.seed,
+                batch_size=options.batch,
+                force=options.force,
+                **asked(options),
+            )
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            print(f"\nFinished images are in {options.output}; the same command goes on from there.", file=sys.stderr)
+        raise
+    if state.is_main_process:
+        solved = len(outcome.names) - outcome.kept - len(outcome.failed)
+        print(f"{solved} images solved, {outcome.kept} finished before, {len(outcome.failed)} failed; {options.output}")
+        for name, why in outcome.failed.items():
+            print(f"vml-ldm batch: {name}: {why}", file=sys.stderr)
+    state.destroy_process_group()
+    return EXIT_FAILED if outcome.failed and state.is_main_process else 0
+
+
+def _task(options: argparse.Namespace) -> Restore | Inpaint:
+    """The task, after options that belong to another one were refused."""
+    foreign = _OF_RESTORE if options.task == INPAINT else _OF_INPAINT
+    if given := [name for name in foreign if getattr(options, name) not in (None, 0.0)]:
+        raise UsageError(f"{flag(given[0])} came with --task {options.task}, which does not take it; leave it out.")
+    if options.task != INPAINT:
+        return restoration(options)
+    if options.mask is None or not options.mask.exists():
+        came = "without --mask" if options.mask is None else f"with --mask {options.mask}, which does not exist"
+        raise UsageError(f"--task {INPAINT} came {came}; expected a mask's file, or a folder of one for each image.")
+    from vml_ldm.posing import Inpaint
+
+    return Inpaint(options.mask, options.size)

@@ -1,0 +1,146 @@
+"""Image files as problems that a pipeline solves, one or many at once: read, posed at a size it solves, taken back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from vml_ldm.damage import TASKS, parameters
+from vml_ldm.fitting import Fit, Window
+from vml_ldm.images import from_pil, read_image, upright_mask, upright_rgb
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Problems of one size as a pipeline's call.
+
+    Attributes:
+        text: one line that says what is done to the size.
+        arguments: of the call: height, width, and what was measured.
+        take_back: the pipeline's images (B, 3, height, width) -> results (B, 3, H, W), both in [0, 1].
+    """
+
+    text: str
+    arguments: dict
+    take_back: Callable[[Tensor], Tensor]
+
+
+class Restore:
+    """What ``vml-ldm restore`` does: an image whose damage by a task gives the file.
+
+    Args:
+        task: a name in `vml_ldm.damage.TASKS`.
+        noise: standard deviation of the measurement's noise, in [0, 1].
+        parameters: of the task.
+
+    Raises:
+        ValueError: an unknown task, or a parameter that its operator refuses.
+        TypeError: a parameter that the task does not have.
+    """
+
+    pipeline = "VMLRestorePipeline"
+
+    def __init__(self, task: str, noise: float = 0.0, **parameters):
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
+        self.task, self.noise, self.parameters = task, noise, parameters
+        self.damage = TASKS[task](**parameters)
+
+    def settings(self) -> dict:
+        """All that the task depends on beside the files, as plain values; a tensor by its digest."""
+        values = {name: p.default for name, p in parameters(self.task).items()} | self.parameters
+        plain = {name: _digest(v.numpy().tobytes()) if isinstance(v, Tensor) else v for name, v in values.items()}
+        return {"task": self.task, "noise": self.noise, **plain}
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The files that one image's problem is read from."""
+        return (path,)
+
+    def read(self, path: Path) -> tuple[Tensor, ...]:
+        """y (1, C, h, w) in [0, 1]. Raises ValueError for a file that is no image."""
+        return (from_pil(read_image(path), self.damage.channels),)
+
+    def pose(self, y: Tensor, *, native: int, stride: int) -> Posed:
+        """y (B, C, h, w) at a size that the model solves; `native` and `stride` as in `model_sizes`."""
+        found = tuple(y.shape[2:])
+        window = Window.choose(found, native, stride, factor=self.damage.factor, scales=self.damage.scales)
+        height, width = window.canvas
+        arguments = {
+            "height": height,
+            "width": width,
+            "y": window.bring(y),
+            "operator": window.see(self.damage.make(window.scale)),
+            "sigma_y": self.noise * min(1.0, window.scale),  # pixels that are averaged lose noise
+        }
+        return Posed(window.text(), arguments, window.take_back)
+
+
+class Inpaint:
+    """What ``vml-ldm inpaint`` does: the white part of a mask is repainted.
+
+    Args:
+        mask: a file, the mask of every image; or a folder with a mask of the same name (before the ending) for each.
+        shorter: side to solve at, in pixels; None is the model's choice, see `Fit.choose`.
+    """
+
+    pipeline = "VMLInpaintPipeline"
+
+    def __init__(self, mask: str | Path, shorter: int | None = None):
+        self.mask, self.shorter = Path(mask), shorter
+
+    def settings(self) -> dict:
+        """All that the task depends on beside the files, as plain values."""
+        return {"task": "inpaint", "size": self.shorter}
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The image's file and its mask's. Raises ValueError unless there is one mask."""
+        if not self.mask.is_dir():
+            return path, self.mask
+        found = sorted(mask for mask in self.mask.iterdir() if mask.stem == path.stem and mask.is_file())
+        if len(found) != 1:
+            names = f" ({', '.join(mask.name for mask in found)})" if found else ""
+            raise ValueError(f"{path.name} has {len(found)} masks in {self.mask}{names}; expected one of its name.")
+        return path, found[0]
+
+    def read(self, path: Path) -> tuple[Tensor, ...]:
+        """Image (1, 3, H, W) and what of it is known (1, 1, H, W), 1 = known.
+
+        Raises:
+            ValueError: a file that is no image, no mask, or a mask of another size.
+        """
+        path, mask_path = self.files(path)
+        image, mask = upright_rgb(read_image(path)), upright_mask(read_image(mask_path))
+        if image.size != mask.size:
+            raise ValueError(
+                f"{mask_path} has {mask.width} x {mask.height} pixels and {path} {image.width} x {image.height}; "
+                "expected the same. Resize the mask."
+            )
+        return from_pil(image), 1 - from_pil(mask, 1)
+
+    def pose(self, image: Tensor, known: Tensor, *, native: int, stride: int) -> Posed:
+        """Images (B, 3, H, W) with what is known (B, 1, H, W) at a size that the model solves."""
+        fit = Fit.choose(tuple(image.shape[2:]), native, stride, self.shorter)
+        canvas, seen = fit.bring(image, known)
+        arguments = {"height": canvas.shape[2], "width": canvas.shape[3], "image": canvas, "mask_image": 1 - seen}
+        return Posed(fit.text(), arguments, lambda painted: fit.take_back(painted, image, known))
+
+
+def model_sizes(pipe) -> dict[str, int]:
+    """Of a pipeline's model, in pixels: `native`, the side of its images, and `stride`, pixels for each latent."""
+    return {"native": pipe.unet.config.sample_size * pipe.vae_scale_factor, "stride": pipe.vae_scale_factor}
+
+
+def digest(paths: tuple[Path, ...]) -> str:
+    """What the files hold, as 16 characters. Raises ValueError for one that cannot be read."""
+    try:
+        return _digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths))
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}).") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
