@@ -335,14 +335,14 @@ def train_tiny_vae(args, vae: AutoencoderKL, train: list[data.Item], validation:
 
         def loss_of(modules, images):
             with torch.no_grad(), bfloat16():
-                mean = vae.encode(images).latent_dist.mode() * scale
+                mean = vae.encode(images).latent_dist.mode().float() * scale
                 blend = (torch.rand(len(mean), 1, 1, 1) - 0.5).clamp(min=0)  # none for half of the images
                 z = mean.lerp(mean.roll(1, 0), blend) + 0.2 * torch.rand_like(blend) * torch.randn_like(mean)
                 target = vae.decode(z / scale).sample
             with bfloat16():
                 decoded, encoded = modules["tiny_vae"].decode(z).sample, modules["tiny_vae"].encode(images).latents
             loss, mse = image_loss(decoded.float() - target.float())
-            return loss + 0.1 * (encoded.float() - mean.float()).square().mean(), mse
+            return loss + 0.1 * (encoded.float() - mean).square().mean(), mse
 
         @torch.no_grad()
         def check() -> dict:
