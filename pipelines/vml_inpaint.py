@@ -18,7 +18,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
     The known pixels are a measurement ``y = m * x0`` at full resolution, and the decoder is part of the operator: at
     each noise level the latent descends the variational mode-seeking loss (`vml_ldm.objective`), then moves to the
     next level. Loading, components and every argument are those of `StableDiffusionInpaintPipeline`; white is
-    repainted. See `SolvingMixin` for `gradient_vae`.
+    repainted. 9-channel inpainting checkpoints are fed mask and masked latents as in the stock pipeline. Every
+    scheduler for Stable Diffusion gives its noise levels (`vml_ldm.adapters.diffusers.scheduler_levels`); one of flow
+    matching, or without training noise, is refused. See `SolvingMixin` for `gradient_vae`.
     """
 
     @torch.no_grad()

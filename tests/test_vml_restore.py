@@ -370,3 +370,21 @@ def test_an_inpainting_unet_is_refused(pipe):
     other = VMLRestorePipeline(**{**pipe.components, "unet": tiny.unet(9)}, requires_safety_checker=False)
     with pytest.raises(ValueError, match="the UNet takes 9 channels; expected 4"):
         call(other)
+
+
+def test_clip_skip_takes_an_earlier_layer(pipe):
+    operator = GaussianBlur(1.5)
+    call_with = lambda **options: call(pipe, operator, y=operator(pictures(1)), output_type="pt", **options).images  # noqa: E731
+    plain, none, one = call_with(), call_with(clip_skip=0), call_with(clip_skip=1)
+    assert torch.allclose(plain, none, atol=1e-4) and not torch.allclose(plain, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_weights_offloaded_to_a_disk_pull_back_the_same(tmp_path, solver):
+    parts = tiny.components()
+    pipe = VMLRestorePipeline(**parts, requires_safety_checker=False)
+    operator = GaussianBlur(1.5)
+    problem = {"y": operator(pictures(1)), "output_type": "pt", **SOLVERS[solver]}
+    images = call(pipe, operator, generator=seeds(0), **problem).images
+    pipe.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    assert torch.allclose(call(pipe, operator, generator=seeds(0), **problem).images, images, atol=1e-5)

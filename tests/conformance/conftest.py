@@ -31,8 +31,8 @@ def originals() -> dict:
 
 @pytest.fixture
 def parts(originals) -> dict:
-    """Components that a test may change."""
-    return copy.deepcopy(originals)
+    """Components that a test may change, all but the tokenizer."""
+    return copy.deepcopy({**originals, "tokenizer": None}) | {"tokenizer": originals["tokenizer"]}
 
 
 @pytest.fixture

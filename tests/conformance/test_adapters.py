@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from subjects import picture, same
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -37,8 +38,9 @@ def test_lora(subject, pipe):
     assert same(subject.images(pipe), images)
 
 
-def test_textual_inversion(subject, pipe):
+def test_textual_inversion(subject, parts):
     """a learned word acts in the prompt, and is unloaded"""
+    pipe = subject.make({**parts, "tokenizer": tiny.tokenizer()})
     images = subject.images(pipe, prompt="a <thing>")
     vectors = 5 * torch.randn(2, pipe.text_encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     pipe.load_textual_inversion(vectors, token="<thing>")

@@ -6,16 +6,18 @@ import tiny
 from subjects import SUBJECTS
 
 STOCK, NONE, _ = SUBJECTS
-SEEDED = [cls for cls in tiny.schedulers() if cls.__name__ != "DPMSolverSDEScheduler"]  # that one draws its own seeds
+UNSEEDED = "DPMSolverSDEScheduler"  # draws its own seeds
+SLOW = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+CLASSES = [cls for cls in tiny.schedulers() if cls.__name__ not in (UNSEEDED, *SLOW)]
 
 
 @pytest.mark.parametrize("channels", [4, 9])
-@pytest.mark.parametrize("cls", SEEDED, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_solver_none_is_stock(parts, cls, channels):
     parts["unet"] = tiny.unet(channels)
     images = []
     for subject in (STOCK, NONE):
         pipe = subject.make(parts)
         pipe.scheduler = cls.from_config(parts["scheduler"].config)
-        images.append(subject.images(pipe, strength=0.8, num_inference_steps=6, num_images_per_prompt=2))
+        images.append(subject.images(pipe, strength=0.8))
     assert np.array_equal(*images)
