@@ -144,10 +144,10 @@ def test_killed_at_random_moments_and_started_again(folder, out, model, tmp_path
         run = context.Process(target=run_alone, args=(folder, out, model))
         run.start()
         if kill:
-            before = len(finished(out))
-            while run.is_alive() and len(finished(out)) == before:
-                time.sleep(0.01)
-            run.join(chance.uniform(0, 0.3))
+            enough = len(finished(out)) + chance.randrange(1, 4)
+            while run.is_alive() and len(finished(out)) < enough:
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.05))
             run.kill()
         run.join()
         assert run.exitcode == (-9 if kill else 0)

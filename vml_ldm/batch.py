@@ -2,8 +2,8 @@
 
 The work is cut into batches by the names in order and the batch size, before it is dealt to the processes, and every
 image has a generator of its own. So neither the number of processes nor their speed changes a file: at one batch size,
-number of threads and kind of device the files are bit-identical. At another batch size a network's sums are taken in
-another order, and files agree within 1/255.
+number of threads and kind of device the files are bit-identical (on a GPU as far as its kernels repeat themselves). At
+another batch size a network's sums are taken in another order, and files agree within 1/255.
 
 A batch is finished all at once (see `vml_ldm.manifest`), so a run that was interrupted goes on with whole batches and
 gives the files of one that was not. If single files of a batch are missing (deleted, or added to the folder since),

@@ -156,7 +156,7 @@ def device_of(network: nn.Module, x: Tensor) -> torch.device:
     A network that a host has hooked (offloading, ``device_map``) fetches inputs, or itself, to where it runs: x stays.
     """
     hooked = hasattr(network, "_hf_hook") or hasattr(network, "_diffusers_hook")
-    return x.device if hooked else network.device
+    return x.device if hooked else next(network.parameters(), x).device
 
 
 def _is_finite(x: Tensor) -> bool:
