@@ -98,6 +98,11 @@ class SolvingMixin:
     def _denoiser(self) -> nn.Module:
         return getattr(self, self._denoiser_name)
 
+    @property
+    def components(self) -> dict:
+        """The pipeline's components, from which another can be made; without a `gradient_vae` those of stock."""
+        return {name: part for name, part in super().components.items() if name != GRADIENT_VAE or part is not None}
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load as `DiffusionPipeline.from_pretrained` does.
@@ -176,7 +181,8 @@ class SolvingMixin:
             "do_classifier_free_guidance": self.do_classifier_free_guidance,
             "lora_scale": (getattr(a, "cross_attention_kwargs", None) or {}).get("scale"),
         }
-        return self.encode_prompt(**{name: given[name] for name in inspect.signature(self.encode_prompt).parameters})
+        names = inspect.signature(super().encode_prompt).parameters
+        return self.encode_prompt(**{name: given[name] for name in names})
 
     def _rows(self, negative: Tensor | None, positive: Tensor) -> Tensor:
         """As the stock pipelines concatenate them: under guidance the negative ones first."""
