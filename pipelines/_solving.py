@@ -192,7 +192,8 @@ class SolvingMixin:
             "do_classifier_free_guidance": self.do_classifier_free_guidance,
             "lora_scale": (getattr(a, "cross_attention_kwargs", None) or {}).get("scale"),
         }
-        return self.encode_prompt(**{name: given[name] for name in inspect.signature(super().encode_prompt).parameters})
+        names = inspect.signature(super().encode_prompt).parameters
+        return self.encode_prompt(**{name: given[name] for name in names})
 
     def _rows(self, negative: Tensor | None, positive: Tensor) -> Tensor:
         """As the stock pipelines concatenate them: under guidance the negative ones first."""

@@ -205,6 +205,8 @@ def test_save_and_load_and_the_file_as_a_custom_pipeline(family, pipe, tmp_path)
     custom = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(file), trust_remote_code=True)
     assert type(custom).__name__ == family.cls.__name__
     assert type(family.stock.from_pipe(pipe)) is family.stock
+    assert type(family.cls.from_pipe(build(family.stock, family.components))) is family.cls
+    assert set(pipe.components) == set(build(family.stock, family.components).components)
 
 
 def test_latents_come_in_and_go_out_in_the_network_s_scaling(pipe):
