@@ -6,10 +6,17 @@ import diffusers
 from diffusers.pipelines import auto_pipeline as automatic
 
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
+from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
 
-PIPELINES = (VMLInpaintPipeline, VMLRestorePipeline)
-_INPAINTING = {"stable-diffusion": VMLInpaintPipeline}  # by diffusers' name of the family
+_INPAINTING = {  # by diffusers' name of the family
+    "stable-diffusion": VMLInpaintPipeline,
+    "stable-diffusion-xl": VMLInpaintXLPipeline,
+    "stable-diffusion-3": VMLInpaintSD3Pipeline,
+}
+PIPELINES = (*_INPAINTING.values(), VMLRestorePipeline, VMLRestoreXLPipeline)
 
 
 def register() -> None:

@@ -19,9 +19,22 @@ from diffusers import (
 from diffusers.pipelines import auto_pipeline
 from PIL import Image
 
-from vml_ldm import Downsample, VMLInpaintPipeline, VMLRestorePipeline, register
+from vml_ldm import (
+    Downsample,
+    VMLInpaintPipeline,
+    VMLInpaintSD3Pipeline,
+    VMLInpaintXLPipeline,
+    VMLRestorePipeline,
+    VMLRestoreXLPipeline,
+    register,
+)
 
 MAPPINGS = [name for name in vars(auto_pipeline) if name.startswith("AUTO_") and name.endswith("_MAPPING")]
+FAMILIES = {
+    "stable-diffusion": VMLInpaintPipeline,
+    "stable-diffusion-xl": VMLInpaintXLPipeline,
+    "stable-diffusion-3": VMLInpaintSD3Pipeline,
+}
 QUICK = {"num_inference_steps": 4, "inner_steps": 1, "output_type": "np"}
 
 
@@ -30,9 +43,10 @@ def unregistered(monkeypatch):
     """diffusers as it is before `register`, and after the test too."""
     for name in MAPPINGS:
         mapping = getattr(auto_pipeline, name)
-        monkeypatch.setitem(mapping, "stable-diffusion-vml", None)
-        monkeypatch.delitem(mapping, "stable-diffusion-vml")
-    for cls in (VMLInpaintPipeline, VMLRestorePipeline):
+        for family in FAMILIES:
+            monkeypatch.setitem(mapping, f"{family}-vml", None)
+            monkeypatch.delitem(mapping, f"{family}-vml")
+    for cls in (*FAMILIES.values(), VMLRestorePipeline, VMLRestoreXLPipeline):
         monkeypatch.setattr(diffusers, cls.__name__, None, raising=False)
         monkeypatch.delattr(diffusers, cls.__name__)
 
@@ -92,6 +106,14 @@ def test_the_automatic_loaders_know_a_registered_pipeline(folders, unregistered)
     assert type(AutoPipelineForInpainting.from_pipe(pipe)) is VMLInpaintPipeline
     assert type(AutoPipelineForText2Image.from_pipe(pipe)) is StableDiffusionPipeline
     assert type(AutoPipelineForImage2Image.from_pipe(pipe)) is StableDiffusionImg2ImgPipeline
+
+
+def test_every_family_is_registered(unregistered):
+    register()
+    for family, cls in FAMILIES.items():
+        assert auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING[f"{family}-vml"] is cls
+        assert getattr(diffusers, cls.__name__) is cls
+    assert diffusers.VMLRestoreXLPipeline is VMLRestoreXLPipeline
 
 
 def test_registering_leaves_other_checkpoints_alone_and_twice_is_once(folders, unregistered):
