@@ -551,8 +551,10 @@ def standardise_text(encoder: CLIPTextModel, tokens: torch.Tensor) -> None:
 def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> dict:
     """Train UNet and text encoder on the cached latents; the moving average is returned."""
     torch.manual_seed(data.SEED)
-    train_tokenizer([item.prompt for item in train]).save_pretrained(args.work / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")  # as whoever loads the checkpoint will have it
+    folder = args.work / "tokenizer"
+    if not folder.exists():  # pairs that are as frequent come in another order each time: it is learnt once
+        train_tokenizer([item.prompt for item in train]).save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)  # as whoever loads the checkpoint will have it
     latents, owners = cache_latents(args, vae, train)
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     text_encoder = copy.deepcopy(train_text(args, tokenizer, latents.float(), owners, train)).requires_grad_(True)

@@ -28,8 +28,7 @@ class Settings:
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
-        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one and
-            the Jacobian is exact (the pull-back through the denoiser filters what the small decoder gets wrong).
+        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one.
     """
 
     budget: float

@@ -254,9 +254,7 @@ class SolvingMixin:
         chosen: Settings,
     ) -> Iterator[Level]:
         """VML-MAP, level by level."""
-        draft = chosen.use_gradient_vae
-        if draft is None:
-            draft = self.gradient_vae is not None and chosen.jacobian == "exact"
+        drafting = self.gradient_vae is not None if chosen.use_gradient_vae is None else chosen.use_gradient_vae
         return vml_levels(
             x_T,
             prior=prior,
@@ -266,7 +264,7 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=prior.drafting(self._draft(prior.prior)) if draft else None,
+            draft=prior.drafting(self._draft(prior.prior)) if drafting else None,
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:

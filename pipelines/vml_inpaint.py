@@ -93,9 +93,8 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
-            use_gradient_vae: draw with `gradient_vae`, a small decoder of the same latents (an
-                `AutoencoderTiny`; the bundled checkpoint has one), at all levels but the last. None: if there is one
-                and the Jacobian is exact.
+            use_gradient_vae: draw with `gradient_vae`, a small decoder of the same latents (an `AutoencoderTiny`; the
+                bundled checkpoint has one), at all levels but the last. None: if there is one.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.
