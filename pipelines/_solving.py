@@ -19,9 +19,10 @@ negative prompts' rows come first.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -87,6 +88,13 @@ class SolvingMixin:
     gradient_vae: AutoencoderTiny | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
+
+    def __init_subclass__(cls, **options):
+        """The stock pipeline's `encode_prompt`, with `clip_skip` also for transformers' newer text encoders."""
+        super().__init_subclass__(**options)
+        stock = [base for base in cls.__mro__ if "encode_prompt" in vars(base) and not issubclass(base, SolvingMixin)]
+        if stock:
+            cls.encode_prompt = _with_text_model(stock[0].encode_prompt)
 
     @property
     def _denoiser(self) -> nn.Module:
@@ -163,11 +171,6 @@ class SolvingMixin:
                 f"{self.vae_scale_factor}, those of `vae`. Take the one that was trained for this VAE's latents."
             )
 
-    def encode_prompt(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """As the stock pipeline's, with `clip_skip` also where transformers has no level `text_model` any more."""
-        with _text_model_reachable(getattr(self, "text_encoder", None)):
-            return super().encode_prompt(*args, **kwargs)
-
     def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
         """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
         if a.timesteps is None and a.sigmas is None:
@@ -192,8 +195,7 @@ class SolvingMixin:
             "do_classifier_free_guidance": self.do_classifier_free_guidance,
             "lora_scale": (getattr(a, "cross_attention_kwargs", None) or {}).get("scale"),
         }
-        names = inspect.signature(super().encode_prompt).parameters
-        return self.encode_prompt(**{name: given[name] for name in names})
+        return self.encode_prompt(**{name: given[name] for name in inspect.signature(self.encode_prompt).parameters})
 
     def _rows(self, negative: Tensor | None, positive: Tensor) -> Tensor:
         """As the stock pipelines concatenate them: under guidance the negative ones first."""
@@ -335,6 +337,15 @@ def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
     """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
     conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
     return zip(conditions, rows.chunk(len(conditions)), strict=True)
+
+
+def _with_text_model(encode_prompt: Callable) -> Callable:
+    @wraps(encode_prompt)
+    def wrapped(self, *args, **kwargs):
+        with _text_model_reachable(getattr(self, "text_encoder", None)):
+            return encode_prompt(self, *args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager
