@@ -50,7 +50,7 @@ class RestoringMixin:
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
         levels, chosen = self._levels(a, chosen)
-        guess = observed.guess((a.height, a.width))
+        guess = observed.guess((a.height, a.width)).float()  # also where the caller's autocast lowers the operator
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         with self._prior(a, tensors, len(guess)) as prior:

@@ -388,3 +388,10 @@ def test_weights_offloaded_to_a_disk_pull_back_the_same(tmp_path, solver):
     images = call(pipe, operator, generator=seeds(0), **problem).images
     pipe.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
     assert torch.allclose(call(pipe, operator, generator=seeds(0), **problem).images, images, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_it_solves_under_the_caller_s_autocast(pipe, solver):
+    with torch.autocast("cpu", torch.bfloat16):
+        images = call(pipe, Downsample(4), output_type="pt", **SOLVERS[solver]).images
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
