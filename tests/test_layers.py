@@ -43,10 +43,16 @@ RULES = {
     "vml_ldm.report": Rule(0, frozenset({"torch"}), in_functions=frozenset({"matplotlib"})),
     "vml_ldm.spread": Rule(0, frozenset({"torch"})),
     "vml_ldm.solve": Rule(3, frozenset({"torch"})),
+    "vml_ldm.measuring": Rule(4, frozenset({"torch"})),
+    "vml_ldm.presets": Rule(4, frozenset()),
     "vml_ldm.red": Rule(4, frozenset({"torch"})),
     "vml_ldm.adapters": Rule(4, frozenset()),
     "vml_ldm.adapters.diffusers": Rule(4, frozenset({"torch", "numpy", "diffusers"})),
-    "vml_ldm.adapters.comfyui": Rule(4, frozenset({"torch", "numpy", "comfy"})),
+    "vml_ldm.adapters.comfyui": Rule(
+        4,
+        frozenset({"torch", "comfy", "latent_preview"}),
+        in_functions=frozenset({"diffusers", "transformers"}),  # the bundled checkpoint's networks
+    ),
     "vml_ldm.pipelines": Rule(5, HOSTS),
     "vml_ldm.nodes": Rule(5, frozenset({"torch", "comfy_api"})),
     "vml_ldm.evaluation": Rule(7, ANYTHING),
