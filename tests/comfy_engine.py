@@ -38,13 +38,16 @@ class Engine:
     Args:
         engine: its folder.
         home: an empty folder for its models, inputs, outputs and custom nodes.
+        more: files, by name, that go beside the repository into its custom nodes.
     """
 
-    def __init__(self, engine: Path, home: Path):
+    def __init__(self, engine: Path, home: Path, more: dict[str, str] | None = None):
         self.home = home
         for name in ("custom_nodes", "input", "output", "models/checkpoints", "models/loras"):
             (home / name).mkdir(parents=True)
         (home / "custom_nodes" / "vml-ldm").symlink_to(ROOT)
+        for name, text in (more or {}).items():
+            (home / "custom_nodes" / name).write_text(text)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
