@@ -86,7 +86,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 torch.manual_seed(0)
-unet = UNetModel(image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1],
+unet = UNetModel(image_size=32, in_channels=int(sys.argv[2]), out_channels=4, model_channels=320, num_res_blocks=[1],
     channel_mult=[1], num_heads=8, use_spatial_transformer=True, transformer_depth=[1], transformer_depth_output=[1, 1],
     transformer_depth_middle=1, context_dim=768, use_linear_in_transformer=False,
     operations=comfy.ops.disable_weight_init)
@@ -373,19 +373,59 @@ def test_lora_counts_from_the_run_that_has_it(engine) -> None:
 
 @needs_engine
 @pytest.mark.slow
-def test_checkpoint_of_comfyuis_own_loader(engine) -> None:
+@pytest.mark.parametrize("channels", [4, 9], ids=["text-to-image", "inpainting"])
+def test_checkpoint_of_comfyuis_own_loader(engine, channels: int) -> None:
     """The smallest that its loader takes for Stable Diffusion 1.5, in float16, with random weights."""
-    path = engine.home / "models" / "checkpoints" / "small.safetensors"
+    path = engine.home / "models" / "checkpoints" / f"small{channels}.safetensors"
     python = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
-    subprocess.run([python, "-c", _SMALL_CHECKPOINT, str(path)], cwd=ENGINE, check=True, capture_output=True)
+    subprocess.run(
+        [python, "-c", _SMALL_CHECKPOINT, str(path), str(channels)], cwd=ENGINE, check=True, capture_output=True
+    )
     prompt = graph("VMLInpaint", model=["6", 0], vae=["6", 2], positive=["7", 0], negative=["7", 0], steps=4)
-    prompt["6"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "small.safetensors"}}
+    prompt["6"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": path.name}}
     prompt["7"] = {"class_type": "ZeroText", "inputs": {}}
     image, mask = example()
     known = mask[0, 0].numpy() == 0
     for seed in (0, 1):
         prompt["3"]["inputs"]["seed"] = seed
         assert furthest(pictures(engine, engine.run(prompt))[:, known], bytes_of(image)[:, known]) == 0
+
+
+@needs_engine
+def test_comfyuis_own_sampler_is_left_as_it_was(engine) -> None:
+    """KSampler on the same MODEL before and after a solve gives one picture."""
+
+    def sampled(prefix: str, solved: bool) -> np.ndarray:
+        prompt = graph("VMLInpaint", steps=4, seed=20)
+        latent = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
+        sampling = {"seed": 0, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        conditions = {"model": ["1", 0], "positive": ["1", 2], "negative": ["1", 3], "latent_image": ["6", 0]}
+        prompt |= {"6": latent, "7": {"class_type": "KSampler", "inputs": sampling | conditions}}
+        prompt["8"] = {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 1]}}
+        prompt["9"] = {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": prefix}}
+        if solved:  # the sampler waits for the solve: it takes its noise's size from the solve's own latent
+            prompt["6"] = {"class_type": "LatentMultiply", "inputs": {"samples": ["3", 1], "multiplier": 0.0}}
+        else:
+            del prompt["3"], prompt["4"], prompt["5"]
+        return pictures(engine, engine.run(prompt), "9")
+
+    assert furthest(sampled("before", False), sampled("after", True)) == 0
+
+
+@needs_engine
+def test_file_after_an_installation_is_enough(tmp_path: Path) -> None:
+    """The three lines that the package's docstring names, beside an installed vml_ldm."""
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "vml.py").write_text("from vml_ldm.nodes import WEB_DIRECTORY, comfy_entrypoint\n")
+    options = ["--cpu", "--quick-test-for-ci", "--base-directory", str(tmp_path), "--disable-api-nodes"]
+    options += ["--database-url", f"sqlite:///{tmp_path}/comfyui.db"]
+    python = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [python, "main.py", *options], cwd=ENGINE, env=environment, capture_output=True, text=True, timeout=120
+    )
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.endswith("vml.py")]
+    assert "seconds" in line and "FAILED" not in line
 
 
 @needs_engine

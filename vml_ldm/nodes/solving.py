@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, make_sampler, run, sigmas_of
+from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, make_sampler, run, sigmas_of, with_masked_image
 from ..damage import Damage
 from ..measuring import Measured, check_std, measure, measure_known, tell
 from ..optimize import JACOBIANS
@@ -169,6 +169,7 @@ class VMLInpaint(_SolvingNode):
         pixels, known = pair(to_pixels(image), to_known(mask))
         fit = padded(tuple(pixels.shape[2:]), vae.spacial_compression_decode())
         canvas, seen = fit.bring(pixels, known)
+        positive, negative = with_masked_image(model, vae, (positive, negative), canvas, seen)
         chosen = settings(preset)
         if not seen.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels

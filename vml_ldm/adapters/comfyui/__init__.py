@@ -5,7 +5,17 @@ conditioning prepared. Nothing of ComfyUI is replaced.
 """
 
 from .prior import ComfyPrior, NonFiniteError
-from .running import SCHEDULERS, Sampling, check_match, latent_size, levels_of, make_sampler, run, sigmas_of
+from .running import (
+    SCHEDULERS,
+    Sampling,
+    check_match,
+    latent_size,
+    levels_of,
+    make_sampler,
+    run,
+    sigmas_of,
+    with_masked_image,
+)
 
 __all__ = [
     "SCHEDULERS",
@@ -18,4 +28,5 @@ __all__ = [
     "make_sampler",
     "run",
     "sigmas_of",
+    "with_masked_image",
 ]

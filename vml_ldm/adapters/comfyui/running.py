@@ -141,6 +141,23 @@ def check_match(model, vae, gradient_vae=None) -> None:
             )
 
 
+def with_masked_image(model, vae, conditionings: Iterable[list], image: Tensor, known: Tensor) -> list[list]:
+    """CONDITIONING as an inpainting MODEL takes it, with the mask and the known part of the image; others as it is.
+
+    What a conditioning already holds of the two is left.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        known: (B, 1, H, W), 1 = known.
+    """
+    if not getattr(model.model, "concat_keys", ()):
+        return list(conditionings)
+    painted = (known < 0.5).to(image)
+    seen = image * (1 - painted) + 0.5 * painted
+    more = {"concat_latent_image": vae.encode(seen.movedim(1, 3)), "concat_mask": painted}
+    return [[[text, more | about] for text, about in conditioning] for conditioning in conditionings]
+
+
 def latent_size(vae, size: tuple[int, int]) -> tuple[int, int, int]:
     """(c, h, w) of the latent of an image (height, width) in pixels."""
     stride = vae.spacial_compression_decode()
