@@ -243,7 +243,8 @@ class VMLSampler(io.ComfyNode):
         def work(sampling: Sampling) -> Tensor:
             check_match(sampling.patcher, vae, gradient_vae)
             _check_latent(sampling.x, seen, vae.spacial_compression_decode())
-            generator = torch.Generator().manual_seed(sampling.seed + 1)  # the noise of the start is the seed's own
+            seed = (sampling.seed + 1) & _MOST  # the noise of the start is the seed's own
+            generator = torch.Generator().manual_seed(seed)
             return task.solve(sampling, generator)[0].latent
 
         return io.NodeOutput(make_sampler(work, vae, gradient_vae))

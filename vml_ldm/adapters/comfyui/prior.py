@@ -35,13 +35,14 @@ class ComfyPrior:
         guide: None without guidance.
         retries: empty; ComfyUI decides on precision.
         device: where the state lives.
+        model_sampling: the MODEL's, which scales its state.
     """
 
     def __init__(self, model: Callable, extra_args: dict, vae, device: torch.device):
         self._model, self._extra_args, self._decoder, self._vae = model, extra_args, vae, vae
         self._guider, self.device, self.retries = model.inner_model, device, Counter()
         self._space = self._guider.inner_model
-        self._sampling = self._space.model_sampling
+        self.model_sampling = self._space.model_sampling
         plain = type(self._guider).predict_noise is CFGGuider.predict_noise
         self._has_scale = plain and self._guider.cfg != 1.0 and bool(self._guider.conds.get("negative"))
         self.guide = self._guide if self._has_scale else None
@@ -92,7 +93,7 @@ class ComfyPrior:
 
     def _estimate(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         throw_exception_if_processing_interrupted()
-        scale = (alpha + sigma) if is_flow(self._sampling) else alpha
+        scale = (alpha + sigma) if is_flow(self.model_sampling) else alpha
         x = x_t / scale
         return self._model(x, x.new_full((len(x),), sigma / scale), **self._extra_args).to(x_t)
 

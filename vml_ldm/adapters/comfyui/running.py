@@ -43,7 +43,7 @@ class Sampling:
 
     def levels(self, renoise: float = 1.0) -> Levels:
         """The levels, see `levels_of`."""
-        return levels_of(self.prior._sampling, self.sigmas, renoise)
+        return levels_of(self.prior.model_sampling, self.sigmas, renoise)
 
 
 Work = Callable[[Sampling], Tensor]
