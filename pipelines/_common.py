@@ -1,8 +1,7 @@
-"""What the pipelines share of their arguments: the budget of denoiser calls, the presets, the batch, pixels in."""
+"""What the pipelines share of their arguments: the batch, pixels in, choices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,66 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from vml_ldm.images import from_pil, upright_mask, upright_rgb
-from vml_ldm.solve import check_choices
-
-STARTS = ("noise", "measurement")
-_FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the solver spends its budget. A preset is one of these; an explicit argument replaces its field.
-
-    Attributes:
-        budget: denoiser evaluations, as a multiple of `num_inference_steps`.
-        inner_steps: K, inner steps at each level.
-        fixed: K was asked for by name, and is not lowered for a short budget.
-        jacobian: "exact" or "free".
-        renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
-        stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
-        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one.
-    """
-
-    budget: float
-    inner_steps: int
-    fixed: bool = False
-    jacobian: str = "exact"
-    renoise: float = 1.0
-    stop_at: float = 1.0
-    use_gradient_vae: bool | None = None
-
-    def split(self, num_inference_steps: float) -> tuple[int, int]:
-        """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.
-
-        K is the preset's, or less where that would leave fewer than four levels (then at least 1).
-        """
-        evaluations = int(self.budget * num_inference_steps)
-        inner = self.inner_steps
-        if not self.fixed:
-            inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
-        return max(1, evaluations // (inner + 1)), inner
-
-
-# Chosen on the validation images: few levels with many inner steps beat many levels with few.
-PRESETS = {
-    "fast": Settings(budget=0.5, inner_steps=5),
-    "balanced": Settings(budget=1.0, inner_steps=9),
-    "best": Settings(budget=2.0, inner_steps=19),
-}
-
-
-def settings(preset: str, **explicit) -> Settings:
-    """The preset with the arguments that are not None in place of its own.
-
-    Raises:
-        ValueError: an unknown preset or Jacobian, or a negative or fractional number of inner steps.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
-    given = {name: value for name, value in explicit.items() if value is not None}
-    chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
-    check_choices(chosen.inner_steps, chosen.jacobian)
-    return chosen
 
 
 def upright(images, convert):
@@ -186,20 +125,6 @@ def check_one_of(name: str, value, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
 
 
-def check_std(sigma_y, batch: int, device) -> Tensor:
-    """sigma_y as (B,) float32.
-
-    Raises:
-        ValueError: negative, not finite, or neither a number nor one for each image.
-    """
-    std = torch.as_tensor(0.0 if sigma_y is None else sigma_y, dtype=torch.float32, device=device)
-    if std.ndim > 1 or std.numel() not in (1, batch):
-        raise ValueError(f"sigma_y has shape {tuple(std.shape)}; expected a number, or one for each of {batch} images.")
-    if not (torch.isfinite(std) & (std >= 0)).all():
-        raise ValueError(f"sigma_y is {sigma_y}; expected >= 0, in units of y (images are in [0, 1]).")
-    return std.expand(batch)
-
-
 def count_prompts(a: SimpleNamespace, items: int) -> int:
     """How many prompts there are, after one prompt is repeated for `items` images."""
     prompts = 1 if isinstance(a.prompt, str) else len(a.prompt if a.prompt is not None else a.prompt_embeds)
@@ -218,8 +143,3 @@ def check_generators(generator, batch: int) -> None:
     """Raise ValueError unless there is one generator, or one for each image."""
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators came for {batch} images; expected one, or one for each.")
-
-
-def own(value):
-    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

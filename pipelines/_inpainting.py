@@ -16,22 +16,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
-from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
-from vml_ldm.operators import Mask
-from vml_ldm.pipelines._common import (
-    STARTS,
-    Settings,
-    check_generators,
-    check_one_of,
-    check_std,
-    count_prompts,
-    each,
-    own,
-    settings,
-    to_known,
-    to_pixels,
-)
-from vml_ldm.pipelines._solving import Measured, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.images import seamless, upright_mask, upright_rgb
+from vml_ldm.measuring import check_std, measure_known, tell
+from vml_ldm.objective import own
+from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
+from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
+from vml_ldm.presets import STARTS, Settings, settings
 from vml_ldm.solve import Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
@@ -91,13 +81,14 @@ class InpaintingMixin:
         dtype = tensors["prompt_embeds"].dtype
         with self._prior(a, tensors, batch) as prior:
             metered = Metered(prior)
-            measured = _measure(frame, noise_std, metered)
+            measured = measure_known(frame.pixels, frame.known, noise_std, metered)
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
-        report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
+        about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
+        report = tell(solution, measured, noise_std, prior.retries, **about)
         return *self._finish(a, frame, solution, paste, dtype), report
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
@@ -219,10 +210,3 @@ def _set_inpainting(prior: GuidedPrior, tensors: dict) -> None:
     """Mask and masked latents for an inpainting checkpoint; they come twice under guidance."""
     channels = torch.cat([tensors["mask"], tensors["masked_image_latents"]], dim=1)
     prior.inpainting = channels if prior.negative is None else channels.chunk(2)[1]
-
-
-def _measure(frame: _Frame, noise_std: Tensor, prior: Metered) -> Measured:
-    """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them."""
-    operator = Mask(frame.known)
-    y = operator(frame.pixels)
-    return measure(operator, y, noise_std, fill_holes(frame.pixels, frame.known), y, prior)

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
+from vml_ldm.measuring import Measured, check_std, measure, tell
+from vml_ldm.objective import own
 from vml_ldm.operators import Measurement
-from vml_ldm.pipelines._common import (
-    STARTS,
-    Settings,
-    check_generators,
-    check_one_of,
-    check_std,
-    count_prompts,
-    each,
-    own,
-    settings,
-    to_y,
-)
-from vml_ldm.pipelines._solving import Measured, VMLPipelineOutput, measure, start_noise, tell
+from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
+from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
+from vml_ldm.presets import STARTS, Settings, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, conclude
@@ -59,8 +51,9 @@ class RestoringMixin:
             solving = self._begin(a, measured, levels, chosen, metered)
             latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
-        about = {"levels": self.num_timesteps, "preset": a.preset, "solver": a.solver}
-        report = tell(solution, measured, noise_std, prior, chosen, **about)
+        about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
+        about |= {"levels": self.num_timesteps, "solver": a.solver}
+        report = tell(solution, measured, noise_std, prior.retries, **about)
         if a.output_type == "latent":
             return solution.latent, None, report
         return *self._hand_out(solution.image, a.output_type, dtype), report

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderTiny
@@ -45,13 +44,11 @@ from vml_ldm.adapters.diffusers import (
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
-from vml_ldm.pipelines._common import Settings
+from vml_ldm.presets import Settings
 from vml_ldm.report import Report
-from vml_ldm.solve import Level, Levels, Metered, Solution, noise_like, record, vml_levels
+from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
 
 GRADIENT_VAE = "gradient_vae"
-_VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
-_LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
 
 @dataclass
@@ -60,20 +57,6 @@ class VMLPipelineOutput(StableDiffusionPipelineOutput):
 
     nsfw_content_detected: list[bool] | None = None
     report: Report | None = None
-
-
-class Measured(NamedTuple):
-    """What the VAE makes of a measurement.
-
-    Attributes:
-        measurement: with the sigma_y that the solver takes.
-        vae_error: (B,), the VAE's round-trip error as the operator sees it, in units of y.
-        latent: (B, c, h, w), of the image that went through the VAE.
-    """
-
-    measurement: Measurement
-    vae_error: Tensor
-    latent: Tensor
 
 
 class SolvingMixin:
@@ -361,27 +344,6 @@ def _text_model_reachable(text_encoder: nn.Module | None) -> Iterator[None]:
         object.__delattr__(text_encoder, "text_model")
 
 
-def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor, prior: Metered) -> Measured:
-    """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
-
-    The decoder cannot draw y exactly, so the solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y,
-    ``vae_error = rms(seen - A(Dec(Enc(image))))``: a latent that was searched for comes closer than one that was
-    encoded (half was found on the validation images, for inpainting).
-
-    Args:
-        operator: A.
-        noise_std: (B,), sigma_y as the caller named it.
-        image: (B, 3, H, W) in [0, 1].
-        seen: what the round trip should give back, shaped like y: y, or A(image) where the image is not free of noise
-            or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
-    """
-    latent = prior.encode(image)
-    before = Measurement(operator, seen, 1.0)
-    vae_error = before.rms(before.residual(prior.decode(latent)))
-    effective = (noise_std**2 + (_VAE_SHARE * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
-    return Measured(Measurement(operator, y, effective), vae_error, latent)
-
-
 def start_noise(a: SimpleNamespace, like: Tensor) -> Tensor:
     """N(0, I) of a latent's shape, or the caller's `latents`.
 
@@ -393,32 +355,3 @@ def start_noise(a: SimpleNamespace, like: Tensor) -> Tensor:
     if a.latents.shape != like.shape:
         raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {tuple(like.shape)}.")
     return a.latents.to(like)
-
-
-def tell(
-    solution: Solution,
-    measured: Measured,
-    noise_std: Tensor,
-    prior: GuidedPrior,
-    chosen: Settings,
-    *,
-    levels: int,
-    preset: str,
-    solver: str = "vml",
-) -> Report:
-    """The report of a solve."""
-    return Report(
-        sigma_y=noise_std.tolist(),
-        vae_error=measured.vae_error.tolist(),
-        effective_sigma_y=measured.measurement.sigma_y.tolist(),
-        residual=solution.residual.tolist(),
-        levels=levels,
-        inner_steps=chosen.inner_steps,
-        jacobian=chosen.jacobian,
-        preset=preset,
-        solver=solver,
-        trace=solution.trace,
-        retries=dict(prior.retries),
-        calls=dict(solution.calls),
-        seconds=dict(solution.seconds),
-    )

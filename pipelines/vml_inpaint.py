@@ -88,7 +88,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 one for each image. None is 0, for a clean image that is edited. The solver adds the VAE's own error.
             jacobian: "exact" pulls the gradient back through the UNet; "free" saves that backward pass. None: the
                 preset's.
-            preset: "fast", "balanced" or "best": half, one and two times the budget (see `_common.PRESETS`).
+            preset: "fast", "balanced" or "best": half, one and two times the budget (see `vml_ldm.presets.PRESETS`).
             inner_steps: K, inner steps a level, >= 0. None: the preset's.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to

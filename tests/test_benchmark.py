@@ -21,8 +21,8 @@ from vml_ldm.evaluation.problems import LINEAR, TASKS, make_operator, pose, turn
 from vml_ldm.evaluation.rows import RowFile
 from vml_ldm.evaluation.table import Group
 from vml_ldm.images import from_pil, load_image
-from vml_ldm.pipelines._common import PRESETS
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+from vml_ldm.presets import PRESETS
 
 SIZE = 64
 SEEDS = [3, 7]

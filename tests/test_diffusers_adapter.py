@@ -17,7 +17,7 @@ from diffusers import (
 from gaussian import Linear, random_problem
 
 from vml_ldm.adapters.diffusers import NonFiniteError, StableDiffusionPrior, check_scheduler, scheduler_levels
-from vml_ldm.adapters.diffusers.prior import GUIDANCE_REACH
+from vml_ldm.guidance import REACH
 from vml_ldm.operators import Measurement
 from vml_ldm.solve import noise_like, vml_levels, vml_map
 
@@ -155,7 +155,7 @@ def test_guidance_extrapolates_from_the_negative_prompt_within_its_reach():
     negative = near.denoise(x_t, alpha, sigma)
     assert torch.allclose(near.guide(x_t, positive, alpha, sigma), positive + 0.001 * (positive - negative), atol=1e-5)
     push = far.guide(x_t, positive, alpha, sigma) - positive
-    assert torch.allclose(push.square().mean((1, 2, 3)).sqrt(), torch.tensor(GUIDANCE_REACH * 0.6), rtol=1e-3)
+    assert torch.allclose(push.square().mean((1, 2, 3)).sqrt(), torch.tensor(REACH * 0.6), rtol=1e-3)
     assert torch.cosine_similarity(push.flatten(1), (positive - negative).flatten(1)).min() > 0.999
     assert prior().guide is None
 

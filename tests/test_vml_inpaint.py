@@ -25,7 +25,7 @@ from vml_ldm import VMLInpaintPipeline, bundled_model
 from vml_ldm.adapters.diffusers import NonFiniteError
 from vml_ldm.assets import example_images
 from vml_ldm.images import from_pil, load_image, seamless
-from vml_ldm.pipelines._common import settings
+from vml_ldm.presets import settings
 from vml_ldm.report import Report
 
 SIZE = 64

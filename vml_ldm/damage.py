@@ -1,4 +1,4 @@
-"""What ``vml-ldm restore`` undoes, by name: how a picture became the measurement at hand."""
+"""How a picture became the measurement at hand; `TASKS` names what ``vml-ldm restore`` undoes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 from torch import Tensor
 
-from .operators import HDR, JPEG, Blur, Downsample, GaussianBlur, Grayscale, MotionBlur, Operator
+from .operators import HDR, JPEG, Blur, Compose, Downsample, GaussianBlur, Grayscale, Mask, MotionBlur, Operator
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,28 @@ def discoloured() -> Damage:
 def clipped(*, contrast: float = 2.0) -> Damage:
     """Contrast beyond the range, about mid-grey: shadows and lights are lost."""
     return Damage(lambda scale: HDR(contrast))
+
+
+def masked(known: Tensor) -> Damage:
+    """Pixels left out. Args: known (B or 1, 1, H, W), 1 = known."""
+    return Damage(lambda scale: Mask(known), scales=False)
+
+
+def chained(*damages: Damage) -> Damage:
+    """One after another, in the order in which the picture met them."""
+    return Damage(
+        lambda scale: Compose(*(damage.make(scale) for damage in damages)),
+        factor=prod(damage.factor for damage in damages),
+        channels=min(damage.channels for damage in damages),
+        scales=all(damage.scales for damage in damages),
+    )
+
+
+def without_unknown(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """y as the operator gives it: where its last part is a mask, what that left out is zero, whatever was handed in."""
+    while isinstance(operator, Compose):
+        operator = operator.operators[-1]
+    return operator(y) if isinstance(operator, Mask) else y
 
 
 TASKS: dict[str, Callable[..., Damage]] = {

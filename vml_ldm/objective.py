@@ -248,6 +248,11 @@ def pullback(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, P
     return value.detach(), pull
 
 
+def own(value):
+    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 def linearise(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, PushForward, PullBack]:
     """``function(x)``, its Jacobian and the transpose of it at x, for any number of products.
 

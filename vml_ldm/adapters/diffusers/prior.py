@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from ...guidance import pushed
 from .network import Autoencoded
 from .precision import cast
 from .unet import UNetPrior
-
-GUIDANCE_REACH = 0.1  # chosen on the validation images
 
 
 class GuidedPrior(Autoencoded):
@@ -31,16 +28,10 @@ class GuidedPrior(Autoencoded):
         self.guide = None if negative is None else self._guide
 
     def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
-        """``z0_hat + p``, ``p = (w - 1) (z0_hat - D(x_t; negative))``, with rms(p) held to what x_t leaves open.
-
-        Latents have unit variance, so at noise sigma / alpha a Gaussian would leave z0 the standard deviation
-        ``s = sigma / hypot(alpha, sigma)``; the push is shortened, image by image, to an rms of `GUIDANCE_REACH` s.
-        """
+        """The next state's estimate: z0_hat, pushed by ``(w - 1) (z0_hat - D(x_t; negative))``, see `pushed`."""
         run = lambda: self._denoise(x_t, alpha, sigma, self.negative)  # noqa: E731
         push = (self.guidance_scale - 1) * (z0_hat - self._guard.run(self._name, self._network, run))
-        reach = GUIDANCE_REACH * sigma / math.hypot(alpha, sigma)
-        rms = push.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        return z0_hat + push * (reach / rms.clamp(min=reach))
+        return pushed(z0_hat, push, alpha, sigma)
 
     def _inputs(self, x: Tensor, condition: dict | None) -> tuple[Tensor, dict]:
         """The state with what is appended to it, and a condition (None: the prompt), as the denoiser takes them."""

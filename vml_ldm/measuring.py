@@ -1,0 +1,109 @@
+"""A measurement as the solver takes it, through a VAE that cannot draw every image; and the report of a solve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .images import fill_holes
+from .operators import Mask, Measurement
+from .report import Report
+from .solve import Metered, Solution
+
+_VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
+_LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
+
+
+class Measured(NamedTuple):
+    """What the VAE makes of a measurement.
+
+    Attributes:
+        measurement: with the sigma_y that the solver takes.
+        vae_error: (B,), the VAE's round-trip error as the operator sees it, in units of y.
+        latent: (B, c, h, w), of the image that went through the VAE.
+    """
+
+    measurement: Measurement
+    vae_error: Tensor
+    latent: Tensor
+
+
+def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor, prior: Metered) -> Measured:
+    """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
+
+    The decoder cannot draw y exactly, so the solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y,
+    ``vae_error = rms(seen - A(Dec(Enc(image))))``: a latent that was searched for comes closer than one that was
+    encoded (half was found on the validation images, for inpainting).
+
+    Args:
+        operator: A.
+        noise_std: (B,), sigma_y as the caller named it.
+        image: (B, 3, H, W) in [0, 1].
+        seen: what the round trip should give back, shaped like y: y, or A(image) where the image is not free of noise
+            or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
+    """
+    latent = prior.encode(image)
+    before = Measurement(operator, seen, 1.0)
+    vae_error = before.rms(before.residual(prior.decode(latent)))
+    effective = (noise_std**2 + (_VAE_SHARE * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
+    return Measured(Measurement(operator, y, effective), vae_error, latent)
+
+
+def measure_known(image: Tensor, known: Tensor, noise_std: Tensor, prior: Metered) -> Measured:
+    """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        known: (B, 1, H, W) in [0, 1], 1 = known.
+        noise_std: (B,), sigma_y as the caller named it.
+    """
+    operator = Mask(known)
+    y = operator(image)
+    return measure(operator, y, noise_std, fill_holes(image, known), y, prior)
+
+
+def check_std(sigma_y, batch: int, device) -> Tensor:
+    """sigma_y as (B,) float32.
+
+    Raises:
+        ValueError: negative, not finite, or neither a number nor one for each image.
+    """
+    std = torch.as_tensor(0.0 if sigma_y is None else sigma_y, dtype=torch.float32, device=device)
+    if std.ndim > 1 or std.numel() not in (1, batch):
+        raise ValueError(f"sigma_y has shape {tuple(std.shape)}; expected a number, or one for each of {batch} images.")
+    if not (torch.isfinite(std) & (std >= 0)).all():
+        raise ValueError(f"sigma_y is {sigma_y}; expected >= 0, in units of y (images are in [0, 1]).")
+    return std.expand(batch)
+
+
+def tell(
+    solution: Solution,
+    measured: Measured,
+    noise_std: Tensor,
+    retries: Mapping[str, int],
+    *,
+    levels: int,
+    inner_steps: int,
+    jacobian: str,
+    preset: str,
+    solver: str = "vml",
+) -> Report:
+    """The report of a solve; `retries` are the prior's, all else as `Report` has it."""
+    return Report(
+        sigma_y=noise_std.tolist(),
+        vae_error=measured.vae_error.tolist(),
+        effective_sigma_y=measured.measurement.sigma_y.tolist(),
+        residual=solution.residual.tolist(),
+        levels=levels,
+        inner_steps=inner_steps,
+        jacobian=jacobian,
+        preset=preset,
+        solver=solver,
+        trace=solution.trace,
+        retries=dict(retries),
+        calls=dict(solution.calls),
+        seconds=dict(solution.seconds),
+    )

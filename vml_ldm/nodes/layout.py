@@ -1,0 +1,121 @@
+"""ComfyUI's IMAGE and MASK, and the sizes that a model takes.
+
+IMAGE is (B, H, W, C) in [0, 1]; MASK is (B, H, W) or (H, W) with 1 = repaint, the opposite of what the core takes.
+What comes in is converted within `ordinary_tensors`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..damage import Damage, without_unknown
+from ..fitting import Fit, Window
+from ..objective import own
+from ..operators import Measurement, Operator
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Out of the inference mode in which ComfyUI runs nodes: what is made here, autograd may save. Also a decorator."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def to_pixels(image: Tensor) -> Tensor:
+    """IMAGE -> (B, 3, H, W) float32 in [0, 1]; a fourth channel is left out.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if image.ndim != 4 or image.shape[3] not in (1, 3, 4):
+        raise ValueError(f"the image has shape {tuple(image.shape)}; expected IMAGE, (B, H, W, 3).")
+    return own(image[..., :3]).float().clamp(0, 1).movedim(3, 1).expand(-1, 3, -1, -1)
+
+
+def to_image(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> IMAGE."""
+    return pixels.movedim(1, 3).float().cpu().contiguous()
+
+
+def to_known(mask: Tensor) -> Tensor:
+    """MASK, 1 = repaint -> (B, 1, H, W), 1 = known.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if mask.ndim not in (2, 3):
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}; expected MASK, (B, H, W).")
+    return 1 - own(mask).float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+
+
+def pair(pixels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and masks, as many of the one as of the other.
+
+    Raises:
+        ValueError: sizes or numbers that do not fit.
+    """
+    if pixels.shape[2:] != known.shape[2:]:
+        raise ValueError(
+            f"the image has {_by(pixels)} pixels and the mask {_by(known)}; expected the same. Resize the mask. (Load "
+            "Image gives a mask of 64 x 64 for a picture without transparency: paint one in the Mask Editor.)"
+        )
+    count = max(len(pixels), len(known))
+    if {len(pixels), len(known)} - {1, count}:
+        raise ValueError(f"{len(pixels)} images came with {len(known)} masks; expected as many, or one of either.")
+    return pixels.expand(count, -1, -1, -1), known.expand(count, -1, -1, -1)
+
+
+def padded(size: tuple[int, int], stride: int) -> Fit:
+    """An image of any size at a size that the VAE takes: padded below and to the right, which is not known."""
+    return Fit(size, size, _whole(size, stride))
+
+
+class Seen:
+    """A picture as the measurement y of an operator.
+
+    Args:
+        image: IMAGE.
+        damage: what VML_OPERATOR holds.
+        stride: pixels for each latent.
+
+    Attributes:
+        y: (B, C, h, w).
+        operator: of canvases.
+        canvas: (height, width) of the image that the model makes.
+
+    Raises:
+        ValueError: a picture that the operator does not fit.
+    """
+
+    def __init__(self, image: Tensor, damage: Damage, stride: int):
+        pixels = to_pixels(image)
+        y = pixels if damage.channels == 3 else pixels.mean(1, keepdim=True)
+        size = tuple(y.shape[2:])
+        full = tuple(damage.factor * length for length in size)
+        window = Window(size, size, size, full, _whole(full, stride))
+        operator = damage.make(1.0)
+        self.operator: Operator = window.see(operator)
+        self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
+        Measurement(self.operator, self.y, 1.0).check(self.canvas)
+
+    def guess(self, y: Tensor) -> Tensor:
+        """(B, 3, height, width) in [0, 1]: a canvas that agrees with y, on y's device."""
+        return Measurement(self.operator, y, 1.0).guess(self.canvas)
+
+    def take_back(self, canvas: Tensor) -> Tensor:
+        """The measured part of the solver's image."""
+        return self._window.take_back(canvas)
+
+
+def _whole(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    height, width = (math.ceil(length / stride) * stride for length in size)
+    return height, width
+
+
+def _by(pixels: Tensor) -> str:
+    return f"{pixels.shape[3]} x {pixels.shape[2]}"

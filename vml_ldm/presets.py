@@ -1,0 +1,66 @@
+"""How a solve spends its budget of denoiser calls: the presets, and what may be asked for by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .solve import check_choices
+
+STARTS = ("noise", "measurement")
+_FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the solver spends its budget. A preset is one of these; an explicit argument replaces its field.
+
+    Attributes:
+        budget: denoiser evaluations, as a multiple of `num_inference_steps`.
+        inner_steps: K, inner steps at each level.
+        fixed: K was asked for by name, and is not lowered for a short budget.
+        jacobian: "exact" or "free".
+        renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
+        stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
+        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one.
+    """
+
+    budget: float
+    inner_steps: int
+    fixed: bool = False
+    jacobian: str = "exact"
+    renoise: float = 1.0
+    stop_at: float = 1.0
+    use_gradient_vae: bool | None = None
+
+    def split(self, num_inference_steps: float) -> tuple[int, int]:
+        """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.
+
+        K is the preset's, or less where that would leave fewer than four levels (then at least 1).
+        """
+        evaluations = int(self.budget * num_inference_steps)
+        inner = self.inner_steps
+        if not self.fixed:
+            inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
+        return max(1, evaluations // (inner + 1)), inner
+
+
+# Chosen on the validation images: few levels with many inner steps beat many levels with few.
+PRESETS = {
+    "fast": Settings(budget=0.5, inner_steps=5),
+    "balanced": Settings(budget=1.0, inner_steps=9),
+    "best": Settings(budget=2.0, inner_steps=19),
+}
+
+
+def settings(preset: str, **explicit) -> Settings:
+    """The preset with the arguments that are not None in place of its own.
+
+    Raises:
+        ValueError: an unknown preset or Jacobian, or a negative or fractional number of inner steps.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
+    given = {name: value for name, value in explicit.items() if value is not None}
+    chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
+    check_choices(chosen.inner_steps, chosen.jacobian)
+    return chosen
