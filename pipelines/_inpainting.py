@@ -72,7 +72,9 @@ class InpaintingMixin:
         chosen = settings(
             preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
         )
-        a = SimpleNamespace(**stock, start=given["start"], use_gradient_vae=given["use_gradient_vae"])
+        a = SimpleNamespace(
+            **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
+        )
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
@@ -89,7 +91,9 @@ class InpaintingMixin:
         noise_std = check_std(sigma_y, batch, self._execution_device)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
-        with self._prior(a, tensors, batch) as prior:
+        prior = self._prior(a, tensors, batch)
+        chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels)
+        with prior:
             metered = Metered(prior)
             measured = _measure(frame, noise_std, metered)
             x_T = self._start(a, levels, frame, measured.latent, metered)
@@ -97,7 +101,7 @@ class InpaintingMixin:
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
-        report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset)
+        report = tell(solution, measured, noise_std, prior, chosen, levels=len(levels), preset=preset, memory=fitted)
         return *self._finish(a, frame, solution, paste, dtype), report
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:

@@ -53,13 +53,15 @@ class RestoringMixin:
         guess = observed.guess((a.height, a.width))
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
-        with self._prior(a, tensors, len(guess)) as prior:
+        prior = self._prior(a, tensors, len(guess))
+        chosen, fitted = self._fit(a, prior, chosen, a.operator, guess)
+        with prior:
             metered = Metered(prior)
             measured = measure(a.operator, observed.y, noise_std, guess, a.operator(guess), metered)
             solving = self._begin(a, measured, levels, chosen, metered)
             latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
-        about = {"levels": self.num_timesteps, "preset": a.preset, "solver": a.solver}
+        about = {"levels": self.num_timesteps, "preset": a.preset, "solver": a.solver, "memory": fitted}
         report = tell(solution, measured, noise_std, prior, chosen, **about)
         if a.output_type == "latent":
             return solution.latent, None, report

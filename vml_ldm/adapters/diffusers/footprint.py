@@ -1,0 +1,156 @@
+"""What networks take of memory, found without running them.
+
+A sketch of the prior, built from its networks' configurations, runs the prior's own passes on tensors that have a
+shape, a precision and a device but no values (PyTorch's fake tensors), and every storage that is made and freed is
+counted. So the figures hold for this size, precision and attention; they cost no arithmetic and no memory, and neither
+hooks, weights nor random numbers of the real networks are touched. A short run of the real networks would need all of
+these, and would have to be extrapolated. What kernels take as workspace is not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...objective import PullBack
+from .memory import Footprint, Plan, predict
+from .precision import Guard, is_checkpointed
+
+logger = logging.getLogger(__name__)
+_LEVEL = (0.6, 0.8)  # any: a network takes the same at every level
+_IMAGES = 6  # as many as the whole batch of float32 tensors, while tiles are blended and pulled back
+_known: dict[tuple, Footprint] = {}
+
+
+class Footprints:
+    """The footprints of a prior's networks, by plan.
+
+    Args:
+        prior: a `GuidedPrior`, before it is entered.
+        shape: (B, c, h, w), of its latents.
+        draft: another decoder of the same latents, or None.
+        device: where the networks run.
+        denoiser, decoder: steps go back through it.
+        operator: bytes that the operator's graph holds.
+    """
+
+    def __init__(
+        self,
+        prior,
+        shape: tuple,
+        draft: nn.Module | None,
+        device: torch.device,
+        *,
+        denoiser: bool = True,
+        decoder: bool = True,
+        operator: int = 0,
+    ):
+        self._prior, self._shape, self._draft, self._device = prior, tuple(shape), draft, device
+        self._denoiser, self._decoder, self._operator = denoiser, decoder, operator
+        self._fake, self._skeletons = FakeTensorMode(), {}
+        self._away = sum(_away(network, device) for network in {*prior._networks(), draft} - {None})
+
+    def need(self, plan: Plan) -> int | None:
+        """The predicted peak in bytes, above the weights that are in place; None if a network cannot be sketched."""
+        try:
+            return self._away + self._need(plan)
+        except Exception as error:  # a network of any make: what cannot be predicted can still be run
+            logger.info("the memory that the networks take cannot be predicted: %s: %s", type(error).__name__, error)
+            return None
+
+    def _need(self, plan: Plan) -> int:
+        pulled = self._denoiser and not plan.free
+        denoiser = self._of("denoise", Plan(plan.checkpointed, denoiser_again=plan.denoiser_again), pulled, self._shape)
+        drawn = [("decode", self._prior.vae)] + [("draft", self._draft)] * (self._draft is not None)
+        decoders = [self._drawn(kind, vae, plan, self._decoder) for kind, vae in drawn]
+        encoder = self._drawn("encode", self._prior.vae, plan, False)
+        return predict(denoiser, decoders, encoder, self._operator)
+
+    def _drawn(self, kind: str, vae: nn.Module, plan: Plan, pulled: bool) -> Footprint:
+        """Of a VAE, which takes the latents whole or in pieces: a piece's, and what puts images together.
+
+        With a graph of all pieces, that of the whole, as often as tiles overlap.
+        """
+        drawing = Plan(plan.checkpointed, decoder_again=plan.decoder_again)
+        piece, overlap = _piece(vae, plan, self._shape)
+        if pulled and not plan.decoder_again:
+            return Footprint(*(int(overlap * count) for count in self._of(kind, drawing, True, self._shape)))
+        part = self._of(kind, drawing, pulled, piece)
+        if piece == self._shape:
+            return part
+        whole = _IMAGES * 4 * 3 * self._shape[0] * self._shape[2] * self._shape[3] * _stride(self._prior.vae) ** 2
+        return Footprint(part.held + whole, part.peak + whole)
+
+    def _of(self, kind: str, plan: Plan, pulled: bool, shape: tuple) -> Footprint:
+        networks = [*self._prior._networks(), *([] if self._draft is None else [self._draft])]
+        given = [(tuple(t.shape), t.dtype) for t in tree_leaves(self._prior.condition) if isinstance(t, Tensor)]
+        key = (kind, plan, pulled, shape, self._device, type(self._prior), *given, *map(_identity, networks))
+        if key not in _known:
+            _known[key] = self._measure(kind, plan, pulled, shape)
+        return _known[key]
+
+    def _measure(self, kind: str, plan: Plan, pulled: bool, shape: tuple) -> Footprint:
+        with self._fake, torch.device(self._device), torch.autograd.set_multithreading_enabled(False):
+            with self._sketch(plan, shape) as sketch:
+                drawn = sketch.draft(self._skeleton(self._draft, sketch.vae.dtype)) if kind == "draft" else sketch
+                z, weights = torch.empty(shape), [*sketch._network.parameters(), *drawn.vae.parameters()]
+                if kind == "encode":
+                    stride = _stride(sketch.vae)
+                    image = torch.empty(len(z), sketch.vae.config.in_channels, *(stride * n for n in z.shape[2:]))
+                    return _count(lambda: sketch.encode(image), None, weights)
+                if kind == "denoise":
+                    one, other = lambda: sketch.denoise(z, *_LEVEL), lambda: sketch.denoise_pullback(z, *_LEVEL)
+                else:
+                    one, other = lambda: drawn.decode(z), lambda: drawn.decode_pullback(z)
+                return _count(one, other if pulled else None, weights)
+
+    def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A network of the same configuration and state, without its values, hooks or adapters."""
+    network = getattr(network, "_orig_mod", network)  # below torch.compile
+    options = inspect.signature(type(network)).parameters
+    config = {name: value for name, value in network.config.items() if name in options}
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":  # an IP-Adapter, loaded later
+        config["encoder_hid_dim_type"] = None
+    with torch.device("meta"):
+        skeleton = type(network)(**config).eval()
+    _give_weights(skeleton, dtype)
+    if is_checkpointed(network):
+        skeleton.enable_gradient_checkpointing()
+    if sliced := _sliced(network):
+        own = {name: SlicedAttnProcessor(size) for name, size in sliced.items()}
+        skeleton.set_attn_processor({**skeleton.attn_processors, **own})
+    return skeleton
+
+
+def _give_weights(skeleton: nn.Module, dtype: torch.dtype) -> None:
+    for module in skeleton.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype))
+
+
+def _identity(network: nn.Module) -> tuple:
+    """What a skeleton depends on."""
+    return type(network), repr(dict(network.config)), network.dtype, is_checkpointed(network), repr(_sliced(network))
+
+
+def _sliced(network: nn.Module) -> dict[str, int]:
+    """The size of the slices, by name, of those attentions that are sliced."""
+    processors = getattr(network, "attn_processors", {}).items()
+    return {name: p.slice_size for name, p in processors if isinstance(p, SlicedAttnProcessor)}
+
+
+def _away(network: nn.Module, device: torch.device) -> int:
+    """Bytes of the weights that hooks will bring to the device."""
+    return sum(p.numel() * p.element_size() for p in network.parameters() if p.device.type != device.type)
