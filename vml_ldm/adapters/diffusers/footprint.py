@@ -19,6 +19,7 @@ import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -27,6 +28,7 @@ from .memory import Footprint, Plan, predict
 from .precision import Guard, is_checkpointed
 
 logger = logging.getLogger(__name__)
+_torch_logger = logging.getLogger("torch._subclasses.fake_tensor")
 _LEVEL = (0.6, 0.8)  # any: a network takes the same at every level
 _IMAGES = 6  # as many as the whole batch of float32 tensors, while tiles are blended and pulled back
 _known: dict[tuple, Footprint] = {}
@@ -62,11 +64,15 @@ class Footprints:
 
     def need(self, plan: Plan) -> int | None:
         """The predicted peak in bytes, above the weights that are in place; None if a network cannot be sketched."""
+        level = _torch_logger.level
+        _torch_logger.setLevel(logging.CRITICAL)  # it would print what is said below, and a traceback
         try:
             return self._away + self._need(plan)
         except Exception as error:  # a network of any make: what cannot be predicted can still be run
             logger.info("the memory that the networks take cannot be predicted: %s: %s", type(error).__name__, error)
             return None
+        finally:
+            _torch_logger.setLevel(level)
 
     def _need(self, plan: Plan) -> int:
         pulled = self._denoiser and not plan.free
@@ -100,21 +106,140 @@ class Footprints:
         return _known[key]
 
     def _measure(self, kind: str, plan: Plan, pulled: bool, shape: tuple) -> Footprint:
-        with self._fake, torch.device(self._device), torch.autograd.set_multithreading_enabled(False):
-            with self._sketch(plan, shape) as sketch:
-                drawn = sketch.draft(self._skeleton(self._draft, sketch.vae.dtype)) if kind == "draft" else sketch
-                z, weights = torch.empty(shape), [*sketch._network.parameters(), *drawn.vae.parameters()]
-                if kind == "encode":
-                    stride = _stride(sketch.vae)
-                    image = torch.empty(len(z), sketch.vae.config.in_channels, *(stride * n for n in z.shape[2:]))
-                    return _count(lambda: sketch.encode(image), None, weights)
-                if kind == "denoise":
-                    one, other = lambda: sketch.denoise(z, *_LEVEL), lambda: sketch.denoise_pullback(z, *_LEVEL)
-                else:
-                    one, other = lambda: drawn.decode(z), lambda: drawn.decode_pullback(z)
-                return _count(one, other if pulled else None, weights)
+        unthreaded = torch.autograd.set_multithreading_enabled(False)  # the count is this thread's
+        with self._fake, torch.device(self._device), unthreaded, self._sketch(plan, shape) as sketch:
+            drawn = sketch.draft(self._skeleton(self._draft, sketch.vae.dtype)) if kind == "draft" else sketch
+            z, weights = torch.empty(shape), [*sketch._network.parameters(), *drawn.vae.parameters()]
+            if kind == "encode":
+                stride = _stride(sketch.vae)
+                image = torch.empty(len(z), sketch.vae.config.in_channels, *(stride * n for n in z.shape[2:]))
+                return _count(lambda: sketch.encode(image), None, weights)
+            if kind == "denoise":
+                one, other = lambda: sketch.denoise(z, *_LEVEL), lambda: sketch.denoise_pullback(z, *_LEVEL)
+            else:
+                one, other = lambda: drawn.decode(z), lambda: drawn.decode_pullback(z)
+            return _count(one, other if pulled else None, weights)
 
-    def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def _sketch(self, plan: Plan, shape: tuple):
+        """The prior with networks and conditions that have no values, and the plan."""
+        sketch = copy.copy(self._prior)
+        networks = {id(network): self._skeleton(network) for network in self._prior._networks()}
+        for name, value in vars(self._prior).items():
+            if id(value) in networks:
+                setattr(sketch, name, networks[id(value)])
+        empty = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)  # noqa: E731
+        sketch.condition = tree_map_only(Tensor, empty, self._prior.condition)
+        appended = self._prior._network.config.in_channels - shape[1]
+        sketch.inpainting = torch.empty(shape[0], appended, *shape[2:]) if appended > 0 else None
+        sketch._guard, sketch.plan = _Unchecked(), plan
+        return sketch
+
+    def _skeleton(self, network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        if network not in self._skeletons:
+            self._skeletons[network] = _skeleton(network, dtype or network.dtype)
+        return self._skeletons[network]
+
+
+def graph_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """What the graph of ``function(x)`` holds beside x, by running it."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        source = x.detach().requires_grad_()
+        value = function(source)
+    kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values()) + value.numel() * value.element_size()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, as long as they live.
+
+    Attributes:
+        live, peak: bytes now, and at most.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these, nor their views."""
+        for tensor in tensors:
+            self._follow(tensor, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor, tensor.untyped_storage().nbytes())
+        return out
+
+    def _follow(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+
+        def freed(_) -> None:
+            if self._storages.pop(key, None) is not None:
+                self.live -= size
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class _Unchecked(Guard):
+    """A guard of networks whose values do not exist."""
+
+    def _finite(self, name: str, network: nn.Module, run: Callable[[], tuple], again: Callable | None = None) -> tuple:
+        return run()
+
+    def upcast(self, network: nn.Module) -> None:
+        _give_weights(network, torch.float32)
+
+
+def _count(
+    run: Callable[[], Tensor], pulled: Callable[[], tuple[Tensor, PullBack]] | None, weights: list[Tensor]
+) -> Footprint:
+    with LiveBytes() as count, torch.no_grad():
+        count.leave_out(weights)
+        if pulled is None:
+            run()
+            return Footprint(0, count.peak)
+        value, pull = pulled()
+        held = count.live
+        pull(torch.empty_like(value))
+        return Footprint(held, count.peak)
+
+
+def _piece(vae: nn.Module, plan: Plan, shape: tuple) -> tuple[tuple, float]:
+    """The shape of what the VAE's decoder takes at once, and how often an entry is taken, on average."""
+    batch, c, *latent = shape
+    if plan.by_image or getattr(vae, "use_slicing", False):
+        batch = 1
+    if plan.tiles is None and not getattr(vae, "use_tiling", False):
+        return (batch, c, *latent), 1.0
+    tile = vae.tile_latent_min_size // (plan.tiles or 1)
+    if tile >= max(latent):
+        return (batch, c, *latent), 1.0
+    step, overlap = int(tile * (1 - vae.tile_overlap_factor)), 1.0
+    for n in latent:
+        overlap *= sum(min(tile, n - i) for i in range(0, n, step)) / n
+    return (batch, c, *(min(n, tile) for n in latent)), overlap
+
+
+def _stride(vae: nn.Module) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A network of the same configuration and state, without its values, hooks or adapters."""
     network = getattr(network, "_orig_mod", network)  # below torch.compile
     options = inspect.signature(type(network)).parameters
@@ -137,7 +262,8 @@ def _give_weights(skeleton: nn.Module, dtype: torch.dtype) -> None:
         for name, weight in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype))
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, torch.empty(buffer.shape, dtype=kind))
 
 
 def _identity(network: nn.Module) -> tuple:
