@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from diffusers import AutoencoderTiny
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
 from vml_ldm.adapters.diffusers import (
@@ -138,6 +140,17 @@ class SolvingMixin:
         if self.gradient_vae is not None:
             self.gradient_vae.save_pretrained(Path(save_directory) / GRADIENT_VAE)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Callable | None = None) -> None:
+        """As the stock method; without xformers or CUDA a warning says so, and PyTorch's own attention goes on."""
+        found, cuda = is_xformers_available(), torch.cuda.is_available()
+        if found and cuda:
+            return super().enable_xformers_memory_efficient_attention(attention_op)
+        missing = "CUDA is not available" if found else "xformers is not installed (pip install 'vml-ldm[xformers]')"
+        warnings.warn(
+            f"{missing}; PyTorch's scaled_dot_product_attention goes on, which saves the same memory.", stacklevel=2
+        )
+        return None
 
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -76,49 +77,57 @@ class Footprints:
 
     def _need(self, plan: Plan) -> int:
         pulled = self._denoiser and not plan.free
-        denoiser = self._of("denoise", Plan(plan.checkpointed, denoiser_again=plan.denoiser_again), pulled, self._shape)
-        drawn = [("decode", self._prior.vae)] + [("draft", self._draft)] * (self._draft is not None)
-        decoders = [self._drawn(kind, vae, plan, self._decoder) for kind, vae in drawn]
-        encoder = self._drawn("encode", self._prior.vae, plan, False)
-        return predict(denoiser, decoders, encoder, self._operator)
+        denoiser = self._of("denoise", plan.checkpointed, pulled, self._shape)
+        if plan.denoiser_again:
+            denoiser = Footprint(0, denoiser.peak)
+        decoders = [self._drawn("decode", self._prior.vae, plan)]
+        if self._draft is not None:
+            decoders.append(self._drawn("draft", self._draft, plan))
+        if not self._decoder:  # otherwise the decoder with its graph takes more than the encoder without one
+            decoders.append(self._drawn("encode", self._prior.vae, plan))
+        return predict(denoiser, decoders, self._operator)
 
-    def _drawn(self, kind: str, vae: nn.Module, plan: Plan, pulled: bool) -> Footprint:
+    def _drawn(self, kind: str, vae: nn.Module, plan: Plan) -> Footprint:
         """Of a VAE, which takes the latents whole or in pieces: a piece's, and what puts images together.
 
         With a graph of all pieces, that of the whole, as often as tiles overlap.
         """
-        drawing = Plan(plan.checkpointed, decoder_again=plan.decoder_again)
         piece, overlap = _piece(vae, plan, self._shape)
-        if pulled and not plan.decoder_again:
-            return Footprint(*(int(overlap * count) for count in self._of(kind, drawing, True, self._shape)))
-        part = self._of(kind, drawing, pulled, piece)
+        if self._decoder and not plan.decoder_again:
+            whole = self._of(kind, plan.checkpointed, True, self._shape)
+            return Footprint(*(int(overlap * count) for count in whole))
+        peak = self._of(kind, plan.checkpointed, self._decoder, piece).peak
         if piece == self._shape:
-            return part
-        whole = _IMAGES * 4 * 3 * self._shape[0] * self._shape[2] * self._shape[3] * _stride(self._prior.vae) ** 2
-        return Footprint(part.held + whole, part.peak + whole)
+            return Footprint(0, peak)
+        batch, _, *latent = self._shape
+        images = _IMAGES * 4 * 3 * batch * math.prod(latent) * _stride(self._prior.vae) ** 2
+        return Footprint(images, peak + images)
 
-    def _of(self, kind: str, plan: Plan, pulled: bool, shape: tuple) -> Footprint:
-        networks = [*self._prior._networks(), *([] if self._draft is None else [self._draft])]
+    def _of(self, kind: str, checkpointed: bool, pulled: bool, shape: tuple) -> Footprint:
+        networks = self._prior._networks() if kind != "draft" else (*self._prior._networks(), self._draft)
         given = [(tuple(t.shape), t.dtype) for t in tree_leaves(self._prior.condition) if isinstance(t, Tensor)]
-        key = (kind, plan, pulled, shape, self._device, type(self._prior), *given, *map(_identity, networks))
+        key = (kind, checkpointed, pulled, shape, self._device, type(self._prior), *given, *map(_identity, networks))
         if key not in _known:
-            _known[key] = self._measure(kind, plan, pulled, shape)
+            _known[key] = self._measure(kind, checkpointed, pulled, shape)
         return _known[key]
 
-    def _measure(self, kind: str, plan: Plan, pulled: bool, shape: tuple) -> Footprint:
+    def _measure(self, kind: str, checkpointed: bool, pulled: bool, shape: tuple) -> Footprint:
         unthreaded = torch.autograd.set_multithreading_enabled(False)  # the count is this thread's
-        with self._fake, torch.device(self._device), unthreaded, self._sketch(plan, shape) as sketch:
+        with unthreaded, self._fake, self._sketch(Plan(checkpointed), shape) as sketch:
             drawn = sketch.draft(self._skeleton(self._draft, sketch.vae.dtype)) if kind == "draft" else sketch
-            z, weights = torch.empty(shape), [*sketch._network.parameters(), *drawn.vae.parameters()]
+            z, weights = self._empty(*shape), [*sketch._network.parameters(), *drawn.vae.parameters()]
             if kind == "encode":
                 stride = _stride(sketch.vae)
-                image = torch.empty(len(z), sketch.vae.config.in_channels, *(stride * n for n in z.shape[2:]))
+                image = self._empty(len(z), sketch.vae.config.in_channels, *(stride * n for n in z.shape[2:]))
                 return _count(lambda: sketch.encode(image), None, weights)
             if kind == "denoise":
                 one, other = lambda: sketch.denoise(z, *_LEVEL), lambda: sketch.denoise_pullback(z, *_LEVEL)
             else:
                 one, other = lambda: drawn.decode(z), lambda: drawn.decode_pullback(z)
             return _count(one, other if pulled else None, weights)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self._device)
 
     def _sketch(self, plan: Plan, shape: tuple):
         """The prior with networks and conditions that have no values, and the plan."""
@@ -127,16 +136,16 @@ class Footprints:
         for name, value in vars(self._prior).items():
             if id(value) in networks:
                 setattr(sketch, name, networks[id(value)])
-        empty = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)  # noqa: E731
+        empty = lambda t: torch.empty(t.shape, dtype=t.dtype, device=self._device)  # noqa: E731
         sketch.condition = tree_map_only(Tensor, empty, self._prior.condition)
         appended = self._prior._network.config.in_channels - shape[1]
-        sketch.inpainting = torch.empty(shape[0], appended, *shape[2:]) if appended > 0 else None
+        sketch.inpainting = self._empty(shape[0], appended, *shape[2:]) if appended > 0 else None
         sketch._guard, sketch.plan = _Unchecked(), plan
         return sketch
 
     def _skeleton(self, network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         if network not in self._skeletons:
-            self._skeletons[network] = _skeleton(network, dtype or network.dtype)
+            self._skeletons[network] = _skeleton(network, dtype or network.dtype, self._device)
         return self._skeletons[network]
 
 
@@ -202,7 +211,7 @@ class _Unchecked(Guard):
         return run()
 
     def upcast(self, network: nn.Module) -> None:
-        _give_weights(network, torch.float32)
+        _give_weights(network, torch.float32, next(network.parameters()).device)
 
 
 def _count(
@@ -239,7 +248,7 @@ def _stride(vae: nn.Module) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _skeleton(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A network of the same configuration and state, without its values, hooks or adapters."""
     network = getattr(network, "_orig_mod", network)  # below torch.compile
     options = inspect.signature(type(network)).parameters
@@ -248,7 +257,7 @@ def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         config["encoder_hid_dim_type"] = None
     with torch.device("meta"):
         skeleton = type(network)(**config).eval()
-    _give_weights(skeleton, dtype)
+    _give_weights(skeleton, dtype, device)
     if is_checkpointed(network):
         skeleton.enable_gradient_checkpointing()
     if sliced := _sliced(network):
@@ -257,13 +266,15 @@ def _skeleton(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return skeleton
 
 
-def _give_weights(skeleton: nn.Module, dtype: torch.dtype) -> None:
+def _give_weights(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     for module in skeleton.modules():
         for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False))
+            setattr(
+                module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype, device=device), requires_grad=False)
+            )
         for name, buffer in module.named_buffers(recurse=False):
             kind = dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=kind))
+            setattr(module, name, torch.empty(buffer.shape, dtype=kind, device=device))
 
 
 def _identity(network: nn.Module) -> tuple:

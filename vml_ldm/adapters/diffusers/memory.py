@@ -29,6 +29,7 @@ MODES = ("auto", "fast", "low")
 _UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), start=1)}
 _SHARE = 0.8  # of the free memory: kernels' workspace and fragmentation are not in the prediction
+_SAME = 0.02  # difference between two peaks that is none
 _LEAST_TILE = 16  # latents; smaller tiles than the VAE's own go down to this
 _DIVISORS = (1, 2, 4)
 
@@ -129,18 +130,18 @@ def plans(
         yield replace(plan, free=True)
 
 
-def predict(denoiser: Footprint, decoders: Iterable[Footprint], encoder: Footprint, operator: int) -> int:
+def predict(denoiser: Footprint, decoders: Iterable[Footprint], operator: int) -> int:
     """The most bytes that an inner step holds at a time.
 
     The denoiser's graph stays while the decoder draws, the operator gives the image's cotangent and the decoder pulls
     it back; then the denoiser pulls that back.
 
     Args:
-        denoiser, decoders, encoder: their footprints under a plan. Levels take one decoder or another.
+        denoiser, decoders: their footprints under a plan. Levels take one decoder or another.
         operator: held by its graph.
     """
     data = max(max(decoder.peak, decoder.held + operator) for decoder in decoders)
-    return max(denoiser.peak, denoiser.held + data, encoder.peak)
+    return max(denoiser.peak, denoiser.held + data)
 
 
 def choose(memory: str | int, ladder: Iterable[Plan], need: Callable[[Plan], int | None], free: int | None) -> Chosen:
@@ -162,12 +163,7 @@ def choose(memory: str | int, ladder: Iterable[Plan], need: Callable[[Plan], int
     if memory == "fast" or (memory == "auto" and free is None):
         return Chosen(ladder[0], need(ladder[0]), None)
     if memory == "low":
-        exact = [plan for plan in ladder if not plan.free and plan.tiles in (None, 1)]
-        needs = [need(plan) for plan in exact]
-        if None in needs:
-            return Chosen(exact[-1], None, None)
-        least = min(range(len(exact)), key=needs.__getitem__)
-        return Chosen(exact[least], needs[least], None)
+        return _least([plan for plan in ladder if not plan.free and plan.tiles in (None, 1)], need)
     budget = int(_SHARE * free) if memory == "auto" else memory
     for plan in ladder:
         peak = need(plan)
@@ -183,6 +179,18 @@ def choose(memory: str | int, ladder: Iterable[Plan], need: Callable[[Plan], int
         f"memory is {in_units(budget)}; expected at least {in_units(needs[least])} above the networks' weights "
         f"({least}). Raise it, or make the image or the batch smaller."
     )
+
+
+def _least(ladder: list[Plan], need: Callable[[Plan], int | None]) -> Chosen:
+    """The last plan, or the fastest of those before it that take no more to speak of."""
+    *before, plan = ladder
+    peak = least = need(plan)
+    for faster in reversed(before if least is not None else []):
+        other = need(faster)
+        if other > (1 + _SAME) * least:
+            break
+        plan, peak = faster, other
+    return Chosen(plan, peak, None)
 
 
 def _unpredicted(memory: str | int, plan: Plan) -> Chosen:
