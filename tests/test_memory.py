@@ -23,11 +23,11 @@ EXACT = (CHECKPOINTED, AGAIN, Plan(decoder_again=True), TWO_PASSES, BY_IMAGE)
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
 
 
-def make_prior(plan=Plan(), **parts):
+def make_prior(plan=None, **parts):
     parts = {"unet": tiny.unet(), "vae": tiny.vae(), **parts}
     condition = {"encoder_hidden_states": randn(2, 5, 128)}
     prior = StableDiffusionPrior(**parts, scheduler=tiny.scheduler(), condition=condition)
-    prior.plan = plan
+    prior.plan = plan or Plan()
     return prior
 
 
