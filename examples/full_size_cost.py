@@ -3,7 +3,7 @@
     python examples/full_size_cost.py               # Stable Diffusion 1.5 at 512 x 512: about 12 GB of memory, float32
     python examples/full_size_cost.py --small       # narrow networks at 64 x 64, to see that it runs
 
-The networks have Stable Diffusion 1.5's configuration and random weights, on whose values neither time nor memory depends.
+The networks have Stable Diffusion 1.5's configuration and random weights: neither time nor memory depends on values.
 Each measurement is a process of its own. Its peak is that of the process (on a GPU, of its tensors) above what it held
 with the weights in place; the prediction is what `memory=` chooses by. Whole images are added up from calls.
 """
