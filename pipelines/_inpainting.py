@@ -19,6 +19,7 @@ from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
 from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.objective import own
+from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
 from vml_ldm.presets import STARTS, Settings, settings
@@ -62,7 +63,9 @@ class InpaintingMixin:
         chosen = settings(
             preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
         )
-        a = SimpleNamespace(**stock, start=given["start"], use_gradient_vae=given["use_gradient_vae"])
+        a = SimpleNamespace(
+            **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
+        )
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
@@ -79,7 +82,9 @@ class InpaintingMixin:
         noise_std = check_std(sigma_y, batch, self._execution_device)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
-        with self._prior(a, tensors, batch) as prior:
+        prior = self._prior(a, tensors, batch)
+        chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels)
+        with prior:
             metered = Metered(prior)
             measured = measure_known(frame.pixels, frame.known, noise_std, metered)
             x_T = self._start(a, levels, frame, measured.latent, metered)
@@ -88,7 +93,7 @@ class InpaintingMixin:
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
-        report = tell(solution, measured, noise_std, prior.retries, **about)
+        report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, frame, solution, paste, dtype), report
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:

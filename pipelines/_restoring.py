@@ -45,7 +45,9 @@ class RestoringMixin:
         guess = observed.guess((a.height, a.width)).float()  # also where the caller's autocast lowers the operator
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
-        with self._prior(a, tensors, len(guess)) as prior:
+        prior = self._prior(a, tensors, len(guess))
+        chosen, fitted = self._fit(a, prior, chosen, a.operator, guess)
+        with prior:
             metered = Metered(prior)
             measured = measure(a.operator, observed.y, noise_std, guess, a.operator(guess), metered)
             solving = self._begin(a, measured, levels, chosen, metered)
@@ -53,7 +55,7 @@ class RestoringMixin:
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": a.solver}
-        report = tell(solution, measured, noise_std, prior.retries, **about)
+        report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report
         return *self._hand_out(solution.image, a.output_type, dtype), report

@@ -19,9 +19,11 @@ negative prompts' rows come first.
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,14 +33,23 @@ from diffusers import AutoencoderTiny
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
 from vml_ldm.adapters.diffusers import (
+    Chosen,
+    Footprints,
     GuidedPrior,
     SchedulerLevels,
     StableDiffusionPrior,
     check_count,
     check_scheduler,
+    choose,
+    free_bytes,
+    graph_bytes,
+    in_units,
+    parse_memory,
+    plans,
     scheduler_levels,
 )
 from vml_ldm.images import to_pil
@@ -48,6 +59,7 @@ from vml_ldm.presets import Settings
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
 
+logger = logging.getLogger(__name__)
 GRADIENT_VAE = "gradient_vae"
 
 
@@ -112,6 +124,17 @@ class SolvingMixin:
             self.gradient_vae.save_pretrained(Path(save_directory) / GRADIENT_VAE)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def enable_xformers_memory_efficient_attention(self, attention_op: Callable | None = None) -> None:
+        """As the stock method; without xformers or CUDA a warning says so, and PyTorch's own attention goes on."""
+        found, cuda = is_xformers_available(), torch.cuda.is_available()
+        if found and cuda:
+            return super().enable_xformers_memory_efficient_attention(attention_op)
+        missing = "CUDA is not available" if found else "xformers is not installed (pip install 'vml-ldm[xformers]')"
+        warnings.warn(
+            f"{missing}; PyTorch's scaled_dot_product_attention goes on, which saves the same memory.", stacklevel=2
+        )
+        return None
+
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.
 
@@ -134,6 +157,7 @@ class SolvingMixin:
                 f"{channels[0]}{''.join(f', or {n} (inpainting)' for n in channels[1:])}."
             )
         self._check_gradient_vae(a)
+        a.memory = parse_memory(a.memory)
         self._guidance_scale, self._clip_skip, self._interrupt = a.guidance_scale, a.clip_skip, False
         self._remember(a)
 
@@ -225,6 +249,35 @@ class SolvingMixin:
         for condition, embeds in sides(prior, tensors["prompt_embeds"]):
             condition["encoder_hidden_states"] = embeds
 
+    def _fit(
+        self, a: SimpleNamespace, prior: GuidedPrior, chosen: Settings, operator: Callable, image: Tensor
+    ) -> tuple[Settings, Chosen]:
+        """Give the prior the plan by which it stays within `memory`, and say which; the settings may be changed by it.
+
+        Args:
+            prior: not entered yet.
+            operator, image: A, and an image (B, 3, H, W) to run it on.
+        """
+        shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
+        decoder = chosen.inner_steps > 0
+        through = {"denoiser": decoder and chosen.jacobian == "exact", "decoder": decoder}
+        held = graph_bytes(operator, image) if decoder else 0
+        draft = self.gradient_vae if self._is_drafting(a, chosen) else None
+        footprints = Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
+        tile = getattr(self.vae, "tile_latent_min_size", None)
+        ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None)
+        latents = shape[0] * shape[2] * shape[3]
+        fitted = choose(a.memory, ladder, footprints.need, free_bytes(self._execution_device), latents)
+        prior.plan = fitted.plan
+        _say(fitted)
+        return (replace(chosen, jacobian="free") if fitted.plan.free else chosen), fitted
+
+    def _is_drafting(self, a: SimpleNamespace, chosen: Settings) -> bool:
+        """Whether levels draw with the small decoder."""
+        if getattr(a, "solver", "vml") != "vml":
+            return False
+        return self.gradient_vae is not None if chosen.use_gradient_vae is None else chosen.use_gradient_vae
+
     def _noise(self, a: SimpleNamespace, like: Tensor) -> Tensor:
         """x_T (B, c, h, w) float32 of noise alone, in the scaling of the scheduler's first level."""
         return start_noise(a, like) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
@@ -239,7 +292,6 @@ class SolvingMixin:
         chosen: Settings,
     ) -> Iterator[Level]:
         """VML-MAP, level by level."""
-        drafting = self.gradient_vae is not None if chosen.use_gradient_vae is None else chosen.use_gradient_vae
         return vml_levels(
             x_T,
             prior=prior,
@@ -249,7 +301,7 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=prior.drafting(self._draft(prior.prior)) if drafting else None,
+            draft=prior.drafting(self._draft(prior.prior)) if self._is_drafting(a, chosen) else None,
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:
@@ -314,6 +366,16 @@ class SolvingMixin:
             return VMLPipelineOutput(images=images, nsfw_content_detected=flagged, report=report)
         result = (images, flagged) if hasattr(self, "run_safety_checker") else (images,)
         return result if report is None else (*result, report)
+
+
+def _say(fitted: Chosen) -> None:
+    plan, predicted, budget = fitted
+    about = "a peak that was not predicted" if predicted is None else f"about {in_units(predicted)} at most"
+    bound = "" if budget is None else f" (of {in_units(budget)})"
+    over = predicted is not None and budget is not None and predicted > budget
+    logger.log(
+        logging.WARNING if over or plan.free else logging.INFO, "memory: %s; %s above the weights%s", plan, about, bound
+    )
 
 
 def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:

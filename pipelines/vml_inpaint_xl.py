@@ -75,6 +75,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         renoise: float | None = None,
         start: str = "noise",
         use_gradient_vae: bool | None = None,
+        memory: str | int = "auto",
         paste: bool = True,
         return_report: bool = False,
         **kwargs,
@@ -96,7 +97,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, paste, return_report: as for
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, return_report: as for
                 `VMLInpaintPipeline`.
 
         Returns:

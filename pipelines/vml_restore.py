@@ -56,6 +56,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         inner_steps: int | None = None,
         renoise: float | None = None,
         use_gradient_vae: bool | None = None,
+        memory: str | int = "auto",
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -88,6 +89,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 for VML, "measurement" for RED-diff.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
+            memory: as for `VMLInpaintPipeline`.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 

@@ -68,6 +68,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         inner_steps: int | None = None,
         renoise: float | None = None,
         use_gradient_vae: bool | None = None,
+        memory: str | int = "auto",
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -81,7 +82,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
             y: what was observed, batch first: a tensor (B, ...) as the operator gives it, real or complex; or images.
             operator: image (B, 3, height, width) float32 in [0, 1] -> y, differentiable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; None is 0.
-            solver, start, preset, jacobian, inner_steps, renoise, use_gradient_vae, red, return_report: as for
+            solver, start, preset, jacobian, inner_steps, renoise, use_gradient_vae, memory, red, return_report: as for
                 `VMLRestorePipeline`.
 
         Returns:

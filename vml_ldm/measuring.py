@@ -90,6 +90,7 @@ def tell(
     jacobian: str,
     preset: str,
     solver: str = "vml",
+    memory: dict | None = None,
 ) -> Report:
     """The report of a solve; `retries` are the prior's, all else as `Report` has it."""
     return Report(
@@ -106,4 +107,5 @@ def tell(
         retries=dict(retries),
         calls=dict(solution.calls),
         seconds=dict(solution.seconds),
+        memory=memory or {},
     )

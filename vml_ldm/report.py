@@ -25,6 +25,8 @@ class Report:
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
             small decoder, where one was used.
         seconds: time by kind, and "total".
+        memory: how graphs were kept ("plan"), the peak predicted for that above the weights ("predicted"), and what was
+            allowed ("budget"), in bytes or None.
     """
 
     sigma_y: list[float]
@@ -40,6 +42,7 @@ class Report:
     retries: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
 
     @property
     def expected(self) -> list[float]:
@@ -67,7 +70,7 @@ class Report:
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
                 f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
-                f"float32 retries: {retries}",
+                f"float32 retries: {retries}{self._memory()}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}{self._drafts()}, "
                 f"encoder {calls.get('encode', 0)}",
@@ -80,6 +83,12 @@ class Report:
     def _drafts(self) -> str:
         calls = self.calls
         return f" (small one {calls['draft']} / {calls.get('draft_vjp', 0)})" if "draft" in calls else ""
+
+    def _memory(self) -> str:
+        if not self.memory:
+            return ""
+        peak = self.memory["predicted"]
+        return f"; memory: {self.memory['plan']}" + ("" if peak is None else f", about {peak / 1024**3:.2g} GiB")
 
     def _steps(self) -> str:
         if self.solver == "red-diff":

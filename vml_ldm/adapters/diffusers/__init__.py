@@ -1,6 +1,8 @@
 """diffusers as a host: its models as a `Prior`, its schedulers as a `Schedule`."""
 
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
+from .footprint import Footprints, graph_bytes
+from .memory import Chosen, choose, free_bytes, in_units, parse_memory, plans
 from .precision import NonFiniteError
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
@@ -8,7 +10,9 @@ from .unconditional import LDMPrior, PixelPrior
 
 __all__ = [
     "FLOW_SCHEDULERS",
+    "Chosen",
     "FlowPrior",
+    "Footprints",
     "GuidedPrior",
     "LDMPrior",
     "NonFiniteError",
@@ -19,6 +23,12 @@ __all__ = [
     "check_count",
     "check_flow_scheduler",
     "check_scheduler",
+    "choose",
     "flow_levels",
+    "free_bytes",
+    "graph_bytes",
+    "in_units",
+    "parse_memory",
+    "plans",
     "scheduler_levels",
 ]

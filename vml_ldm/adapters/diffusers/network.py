@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 from torch import Tensor, nn
 
 from ...objective import PullBack
+from .memory import Plan
+from .pieces import by_image, in_tiles, run_again
 from .precision import Guard
 
 
@@ -18,7 +21,12 @@ class NetworkPrior:
     Args:
         network: the denoiser.
         name: what warnings and errors call it.
+
+    Attributes:
+        plan: how graphs are kept; to be set before `with`.
     """
+
+    plan = Plan()
 
     def __init__(self, network: nn.Module, name: str):
         self._network, self._name, self._guard = network, name, Guard()
@@ -34,15 +42,18 @@ class NetworkPrior:
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``."""
-        return self._guard.pullback(self._name, self._network, lambda x: self._denoise(x, alpha, sigma), x_t)
+        rerun = "whole" if self.plan.denoiser_again else ""
+        return self._guard.pullback(self._name, self._network, lambda x: self._denoise(x, alpha, sigma), x_t, rerun)
 
     def __enter__(self):
         """Freeze the weights, so that graphs keep what the state's gradient needs and no more."""
+        if self.plan.checkpointed:
+            self._guard.checkpoint(*self._networks())
         self._guard.freeze(*self._networks())
         return self
 
     def __exit__(self, *error) -> None:
-        """Leave the networks as they came: their gradients' flags, and their precision if it was lifted."""
+        """Leave the networks as they came, see `Guard.restore`."""
         self._guard.restore()
 
     def _networks(self) -> tuple[nn.Module, ...]:
@@ -50,20 +61,20 @@ class NetworkPrior:
 
 
 class Autoencoded:
-    """For a `NetworkPrior` whose z0 is the latent of an autoencoder `vae`. A subclass gives `_encode(image)` and
-    `_decode(z, vae)`."""
+    """For a `NetworkPrior` whose z0 is the latent of an autoencoder `vae`. A subclass gives `_encode(image, vae)`
+    and `_decode(z, vae)`."""
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled and shifted as the denoiser expects it, float32."""
-        return self._guard.run("the VAE encoder", self.vae, lambda: self._encode(image))
+        return self._guard.run("the VAE encoder", self.vae, lambda: self._encode(image, self._drawn(self.vae)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image (B, 3, H, W) float32, about [0, 1] and not clamped."""
-        return self._guard.run("the VAE decoder", self.vae, lambda: self._decode(z, self.vae))
+        return self._draw("the VAE decoder", self.vae, z)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
-        return self._guard.pullback("the VAE decoder", self.vae, lambda z: self._decode(z, self.vae), z)
+        return self._draw_pullback("the VAE decoder", self.vae, z)
 
     def draft(self, vae: nn.Module) -> Draft:
         """This prior with another decoder, for use within this one's `with`.
@@ -76,20 +87,34 @@ class Autoencoded:
     def _networks(self) -> tuple[nn.Module, ...]:
         return *super()._networks(), self.vae
 
+    def _draw(self, name: str, vae: nn.Module, z: Tensor) -> Tensor:
+        return self._guard.run(name, vae, lambda: self._decode(z, self._drawn(vae)))
+
+    def _draw_pullback(self, name: str, vae: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
+        rerun, drawn = "", self._drawn(vae)
+        if self.plan.decoder_again:
+            rerun, drawn = "parts", run_again(drawn, partial(self._guard.weights_kept, vae))
+        return self._guard.pullback(name, vae, lambda z: self._decode(z, drawn), z, rerun)
+
+    def _drawn(self, vae: nn.Module) -> nn.Module:
+        """A VAE as the plan has it work: whole, image by image, in tiles."""
+        vae = by_image(vae) if self.plan.by_image else vae
+        return vae if self.plan.tiles is None else in_tiles(vae, self.plan.tiles)
+
 
 class Draft:
     """A latent prior that draws with another decoder; all else, a change of its prompt too, is the prior's own."""
 
     def __init__(self, prior: Autoencoded, vae: nn.Module):
-        self._prior, self._vae, self._guard = prior, vae, prior._guard
+        self._prior, self.vae = prior, vae
         self.denoise, self.denoise_pullback, self.encode = prior.denoise, prior.denoise_pullback, prior.encode
         self.guide = getattr(prior, "guide", None)
-        self._guard.freeze(vae)
+        prior._guard.freeze(vae)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image, as the prior's."""
-        return self._guard.run("the gradient VAE", self._vae, lambda: self._prior._decode(z, self._vae))
+        return self._prior._draw("the gradient VAE", self.vae, z)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
-        return self._guard.pullback("the gradient VAE", self._vae, lambda z: self._prior._decode(z, self._vae), z)
+        return self._prior._draw_pullback("the gradient VAE", self.vae, z)

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ...objective import PullBack, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets in modules
 
 
 class NonFiniteError(FloatingPointError):
@@ -21,7 +22,8 @@ class NonFiniteError(FloatingPointError):
 
 
 class Guard:
-    """Runs networks and checks what they give. It owns their state while a prior is in use: gradient flags, precision.
+    """Runs networks and checks what they give. It owns their state while a prior is in use: gradient flags,
+    checkpointing, precision.
 
     Attributes:
         retries: how often a network was run once more in float32, by name.
@@ -31,6 +33,7 @@ class Guard:
         self.retries = Counter()
         self._upcast: dict[nn.Module, torch.dtype] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
+        self._checkpointing: list[tuple[nn.Module, dict]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
@@ -38,14 +41,29 @@ class Guard:
         Not under gradient checkpointing where hooks move or cast the weights: what it runs again keeps the values of
         those weights alone that require a gradient.
         """
-        kept = [n for n in networks if not (_is_hooked(n) and _is_checkpointed(n))]
+        kept = [n for n in networks if not (_is_hooked(n) and is_checkpointed(n))]
         thawed = [(n, name) for n in kept for name, p in n.named_parameters() if p.requires_grad]
         for network, name in thawed:
             network.get_parameter(name).requires_grad_(False)
         self._thawed += thawed
 
+    def checkpoint(self, *networks: nn.Module) -> None:
+        """Switch the networks' own gradient checkpointing on, where they have it. Before `freeze`."""
+        for network in networks:
+            if not getattr(network, "_supports_gradient_checkpointing", False) or is_checkpointed(network):
+                continue
+            for module in network.modules():
+                found = {name: vars(module)[name] for name in _CHECKPOINTING if name in vars(module)}
+                self._checkpointing.append((module, found))
+            network.enable_gradient_checkpointing()
+
     def restore(self) -> None:
-        """Leave the networks as they came: their gradients' flags, and their precision if it was lifted."""
+        """Leave the networks as they came: gradients' flags, checkpointing, and their precision if it was lifted."""
+        for module, found in self._checkpointing:
+            for name in _CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(found)
+        self._checkpointing.clear()
         for network, name in self._thawed:  # by name: offloading may have put other parameters there
             network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
@@ -75,24 +93,49 @@ class Guard:
         return self._finite(name, network, lambda: (function(),))[0]
 
     def pullback(
-        self, name: str, network: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor
+        self,
+        name: str,
+        network: nn.Module,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        rerun: str = "",
     ) -> tuple[Tensor, PullBack]:
-        """`pullback` with both passes checked; the cotangent goes in at unit size, image by image."""
+        """`pullback` with both passes checked; the cotangent goes in at unit size, image by image.
+
+        Args:
+            rerun: "" keeps the graph from one pass to the other. "whole" runs the function again, with a graph, when
+                it is pulled; "parts" says that parts of the network do so by themselves.
+        """
 
         def run() -> tuple[Tensor, PullBack]:
-            with _weights_kept(network):
+            with self.weights_kept(network):
                 return pullback(function, x)
 
-        value, pull = self._finite(name, network, run)
+        def run_first() -> tuple[Tensor, PullBack]:
+            with torch.no_grad():
+                return function(x), lambda cotangent: run()[1](cotangent)
+
+        value, pull = self._finite(name, network, run_first if rerun == "whole" else run)
 
         def checked(cotangent: Tensor) -> Tensor:
-            _fetch(network, cotangent.device)
+            if rerun == "parts" or is_checkpointed(network):
+                _fetch(network, cotangent.device)
             scale = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
             first = lambda: (pull(cotangent / scale) * scale,)  # noqa: E731
             again = lambda: (run()[1](cotangent / scale) * scale,)  # noqa: E731
             return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
+
+    @staticmethod
+    def weights_kept(network: nn.Module) -> AbstractContextManager:
+        """Graphs made inside keep the weights as they are, for networks whose hooks move or cast them after each pass.
+
+        Offloading and layerwise casting exchange a parameter's data in place, so that a backward pass would find them
+        on another device, in another precision or, offloaded to a disk, overwritten. Kept weights stay where the pass
+        had them until its graph is gone.
+        """
+        return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if _is_hooked(network) else nullcontext()
 
     def _finite(self, name: str, network: nn.Module, run: Callable[[], tuple], again: Callable | None = None) -> tuple:
         """run(), a tuple whose first item must be finite; otherwise `again` (the same, if None) in float32."""
@@ -123,21 +166,11 @@ def cast(value, like: Tensor):
     return type(value)(cast(item, like) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _weights_kept(network: nn.Module) -> AbstractContextManager:
-    """Graphs made inside keep the weights as they are, for networks whose hooks move or cast them after each pass.
-
-    Offloading and layerwise casting exchange a parameter's data in place, so that a backward pass would find them on
-    another device, in another precision or, offloaded to a disk, overwritten. Kept weights stay where the pass had
-    them until its graph is gone.
-    """
-    return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if _is_hooked(network) else nullcontext()
-
-
 def _fetch(network: nn.Module, device: torch.device) -> None:
-    """Bring an offloaded network back where its backward pass runs parts of it again (gradient checkpointing)."""
+    """Bring an offloaded network back whose backward pass runs parts of it again."""
     hook, weight = getattr(network, "_hf_hook", None), next(network.parameters(), None)
     away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
-    if away and hasattr(hook, "pre_forward") and _is_checkpointed(network):
+    if away and hasattr(hook, "pre_forward"):
         hook.pre_forward(network)
 
 
@@ -146,7 +179,8 @@ def _is_hooked(network: nn.Module) -> bool:
     return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
 
 
-def _is_checkpointed(network: nn.Module) -> bool:
+def is_checkpointed(network: nn.Module) -> bool:
+    """Whether a backward pass runs parts of the network again."""
     return getattr(network, "is_gradient_checkpointing", False)
 
 

@@ -39,9 +39,9 @@ class GuidedPrior(Autoencoded):
         placed = self._guard.place(self._network, inputs)
         return placed, cast(self.condition if condition is None else condition, placed)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        moments = self.vae.encode(self._guard.place(self.vae, 2 * image - 1))
-        shift, scale = _normalisation(self.vae, image)
+    def _encode(self, image: Tensor, vae: nn.Module) -> Tensor:
+        moments = vae.encode(self._guard.place(vae, 2 * image - 1))
+        shift, scale = _normalisation(vae, image)
         return (moments.latent_dist.mode().to(image) - shift) * scale
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:

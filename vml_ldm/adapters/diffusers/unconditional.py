@@ -40,9 +40,9 @@ class LDMPrior(Autoencoded, UNetPrior):
         super().__init__(unet=unet, scheduler=scheduler)
         self.vae = vqvae
 
-    def _encode(self, image: Tensor) -> Tensor:
-        latent = self.vae.encode(self._guard.place(self.vae, 2 * image - 1), return_dict=False)[0]
-        return latent.to(image) * self.vae.config.scaling_factor
+    def _encode(self, image: Tensor, vae: nn.Module) -> Tensor:
+        latent = vae.encode(self._guard.place(vae, 2 * image - 1), return_dict=False)[0]
+        return latent.to(image) * vae.config.scaling_factor
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
         latent = self._guard.place(vae, z / vae.config.scaling_factor)

@@ -1,0 +1,216 @@
+"""Time and memory of each network call at full size, and of whole images: stock inpainting's and ours.
+
+    python examples/full_size_cost.py               # Stable Diffusion 1.5 at 512 x 512: about 12 GB of memory, float32
+    python examples/full_size_cost.py --small       # narrow networks at 64 x 64, to see that it runs
+
+The networks have Stable Diffusion 1.5's configuration and random weights: neither time nor memory depends on values.
+Each measurement is a process of its own. Its peak is that of the process (on a GPU, of its tensors) above what it held
+with the weights in place; the prediction is what `memory=` chooses by. Whole images are added up from calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+
+from vml_ldm import vml_gradient
+from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior, in_units
+from vml_ldm.adapters.diffusers.memory import Plan
+from vml_ldm.operators import Mask, Measurement
+from vml_ldm.pipelines._common import PRESETS
+
+STEPS = 50  # stock's
+LEVEL = {"alpha": 0.7, "sigma": 0.7}
+PLANS = {
+    "one graph": Plan(),
+    "checkpointed": Plan(checkpointed=True),
+    "low": Plan(checkpointed=True, denoiser_again=True),
+    "half tiles": Plan(checkpointed=True, denoiser_again=True, decoder_again=True, tiles=2),
+}
+FORWARD = ("UNet", "UNet, batch of 2", "encode", "decode", "decode, small")
+WITH_VJP = ("UNet with VJP", "decode with VJP", "decode with VJP, small")
+STEP = ("step", "step, small")  # an inner step's gradient: both networks and their VJPs
+MEASUREMENTS = [
+    *((call, "one graph") for call in (*FORWARD, *WITH_VJP, *STEP)),
+    *((call, "checkpointed") for call in (*WITH_VJP[:2], *STEP)),
+    *((call, "low") for call in STEP),
+    *((call, "half tiles") for call in ("decode with VJP", "step")),
+]
+
+
+def build(cls, device: str, **config) -> nn.Module:
+    """A network with random weights that keep its values of order one, made without its own slow initialisation."""
+    with torch.device("meta"):
+        network = cls(**config)
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    for name, weight in network.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=weight[0].numel() ** -0.5)
+        else:
+            weight.fill_(float("norm" in name and name.endswith("weight")))
+    return network
+
+
+def build_prior(small: bool, device: str) -> StableDiffusionPrior:
+    width = 4 if small else 1
+    unet = build(
+        UNet2DConditionModel,
+        device,
+        sample_size=64 // (8 if small else 1),
+        cross_attention_dim=768 // width,
+        block_out_channels=tuple(n // width for n in (320, 640, 1280, 1280)),
+        norm_num_groups=32 // width,
+    )
+    vae = build(
+        AutoencoderKL,
+        device,
+        block_out_channels=tuple(n // width for n in (128, 256, 512, 512)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512 // (8 if small else 1),
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    words = {"encoder_hidden_states": torch.randn(1, 77, 768 // width, device=device)}
+    return StableDiffusionPrior(unet=unet, vae=vae, scheduler=scheduler, condition=words)
+
+
+def measure(call: str, plan: str, small: bool, device: str) -> dict:
+    """Seconds, peak and predicted peak of one call, in this process."""
+    prior, pixels = build_prior(small, device), 64 if small else 512
+    tiny = build(AutoencoderTiny, device) if call.endswith("small") else None
+    prior.plan, batch = PLANS[plan], 2 if call.endswith("batch of 2") else 1
+    z = torch.randn(batch, 4, pixels // 8, pixels // 8, device=device)
+    image = torch.rand(batch, 3, pixels, pixels, device=device)
+    prior.condition = {name: value.expand(batch, -1, -1) for name, value in prior.condition.items()}
+    predicted = None
+    if call in STEP:
+        predicted = Footprints(prior, z.shape, tiny, z.device).need(prior.plan)
+    with prior, torch.no_grad():
+        drawn = prior if tiny is None else prior.draft(tiny)
+        run = {
+            "UNet": lambda: prior.denoise(z, **LEVEL),
+            "encode": lambda: prior.encode(image),
+            "decode": lambda: drawn.decode(z),
+            "UNet with VJP": lambda: pulled(*prior.denoise_pullback(z, **LEVEL)),
+            "decode with VJP": lambda: pulled(*drawn.decode_pullback(z)),
+            "step": lambda: step(z, drawn, image),
+        }[call.split(", ")[0]]
+        before = held(device)
+        seconds = timed(run, device)
+        peak = peak_bytes(device) - before
+    return {"seconds": seconds, "peak": peak, "predicted": predicted, "weights": weights_of(prior)}
+
+
+def pulled(value, pull) -> None:
+    pull(torch.ones_like(value))
+
+
+def step(x, prior, image) -> None:
+    known = torch.ones_like(image[:, :1])
+    known[..., : image.shape[3] // 2] = 0
+    vml_gradient(x, prior=prior, measurement=Measurement(Mask(known), image * known, 0.05), **LEVEL)
+
+
+def timed(run, device: str) -> float:
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def weights_of(prior) -> int:
+    return sum(p.numel() * p.element_size() for network in (prior.unet, prior.vae) for p in network.parameters())
+
+
+def held(device: str) -> int:
+    """Bytes held now; the peak begins anew from here."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
+
+
+def status(name: str) -> int:
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def measure_apart(call: str, plan: str, options: list[str]) -> dict:
+    command = [sys.executable, __file__, "--measure", call, "--plan", plan, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{call} ({plan}) ended with {done.returncode}; killed for memory if that is -9.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def whole_image(found: dict, preset: str, plan: str, small: bool) -> tuple[float, int]:
+    """Seconds and peak of one of our images with guidance, at stock's number of steps."""
+    second = lambda call, plan="one graph": found[call, plan]["seconds"]  # noqa: E731
+    levels, inner = PRESETS[preset].split(STEPS)
+    drafts = levels - 1 if small else 0
+    steps = inner * (second("step", plan) + second("decode")) * (levels - drafts)
+    if drafts:
+        steps += inner * (second("step, small", plan) + second("decode, small")) * drafts
+    others = (2 * levels - 1) * second("UNet") + second("encode") + 2 * second("decode")
+    calls = [("step", plan), ("UNet", "one graph"), ("encode", "one graph"), ("decode", "one graph")]
+    return steps + others, max(found[call]["peak"] for call in calls)
+
+
+def tell_whole(found: dict) -> None:
+    weights = found["step", "one graph"]["weights"]
+    second = lambda call: found[call, "one graph"]["seconds"]  # noqa: E731
+    stock = STEPS * second("UNet, batch of 2") + second("encode") + second("decode")
+    peak = max(found[call, "one graph"]["peak"] for call in ("UNet, batch of 2", "encode", "decode"))
+    print(f"\none image, {STEPS} steps, guidance; weights of UNet and VAE: {in_units(weights)}\n")
+    print(f"{'':44}{'seconds':>10}{'x stock':>9}{'peak above':>13}{'x stock, with weights':>24}")
+    rows = [("stock", stock, peak)]
+    for preset in PRESETS:
+        for plan in ("one graph", "checkpointed", "low", "half tiles"):
+            for small in (False, True):
+                if not small or ("step, small", plan) in found:
+                    name = f"{preset}, {plan}, {'small' if small else 'full'} decoder"
+                    rows.append((name, *whole_image(found, preset, plan, small)))
+    for name, seconds, above in rows:
+        print(
+            f"{name:44}{seconds:10.1f}{seconds / stock:9.2f}{in_units(above):>13}"
+            f"{(above + weights) / (peak + weights):24.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="narrow networks at 64 x 64 pixels")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", default="one graph", choices=PLANS, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.measure:
+        print(json.dumps(measure(a.measure, a.plan, a.small, a.device)))
+        return
+    options = ["--device", a.device, *["--small"] * a.small]
+    found = {}
+    print(f"{'call':26}{'plan':16}{'seconds':>10}{'peak above weights':>22}{'predicted':>14}", flush=True)
+    for call, plan in MEASUREMENTS:
+        found[call, plan] = row = measure_apart(call, plan, options)
+        predicted = "" if row["predicted"] is None else in_units(row["predicted"])
+        print(f"{call:26}{plan:16}{row['seconds']:10.3f}{in_units(row['peak']):>22}{predicted:>14}", flush=True)
+    tell_whole(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""`memory=`: plans keep the gradient and the networks as they are, take what was predicted, and fit their budget."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from accelerate import cpu_offload
+
+from vml_ldm import VMLInpaintPipeline, VMLInpaintSD3Pipeline, VMLRestorePipeline, VMLRestoreXLPipeline, vml_gradient
+from vml_ldm.adapters.diffusers import StableDiffusionPrior
+from vml_ldm.adapters.diffusers.footprint import Footprints, LiveBytes, graph_bytes
+from vml_ldm.adapters.diffusers.memory import Footprint, Plan, choose, free_bytes, parse_memory, plans, predict
+from vml_ldm.operators import Downsample, Mask, Measurement
+from vml_ldm.red import RedDiff
+
+CPU = torch.device("cpu")
+CHECKPOINTED = Plan(checkpointed=True)
+AGAIN = Plan(denoiser_again=True)
+TWO_PASSES = Plan(checkpointed=True, denoiser_again=True, decoder_again=True)
+BY_IMAGE = Plan(denoiser_again=True, decoder_again=True, by_image=True)
+EXACT = (CHECKPOINTED, AGAIN, Plan(decoder_again=True), TWO_PASSES, BY_IMAGE)
+LEVEL = {"alpha": 0.7, "sigma": 0.7}
+
+
+def make_prior(plan=None, **parts):
+    parts = {"unet": tiny.unet(), "vae": tiny.vae(), **parts}
+    condition = {"encoder_hidden_states": randn(2, 5, 128)}
+    prior = StableDiffusionPrior(**parts, scheduler=tiny.scheduler(), condition=condition)
+    prior.plan = plan or Plan()
+    return prior
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measurement(h=8, w=8):
+    known = torch.ones(1, 1, 8 * h, 8 * w)
+    known[..., : 4 * w] = 0
+    return Measurement(Mask(known), torch.rand(2, 3, 8 * h, 8 * w) * known, 0.1)
+
+
+def state(*networks):
+    """Everything of a module that is no module, weight or hook, and the weights' flags."""
+    plain = [
+        {name: value for name, value in vars(module).items() if not name.startswith("_") or "checkpoint" in name}
+        for network in networks
+        for module in network.modules()
+    ]
+    return plain, [p.requires_grad for network in networks for p in network.parameters()]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("plan", EXACT, ids=str)
+def test_a_plan_has_the_gradient_of_one_graph(plan):
+    x, seen = randn(2, 4, 8, 8), measurement()
+    with make_prior() as prior:
+        expected, expected_nll = vml_gradient(x, prior=prior, measurement=seen, **LEVEL)
+    with make_prior(plan) as prior:
+        gradient, nll = vml_gradient(x, prior=prior, measurement=seen, **LEVEL)
+    assert relative(gradient, expected) < 1e-5 and relative(nll, expected_nll) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("small", [False, True])
+def test_tiles_draw_and_pull_back_as_the_tiling_vae_does(small, tiles, checkpointed):
+    own = tiny.gradient_vae() if small else tiny.vae()
+    own.tile_latent_min_size, own.tile_sample_min_size = 16, 128
+    tiling = copy.deepcopy(own)
+    tiling.tile_latent_min_size, tiling.tile_sample_min_size = 16 // tiles, 128 // tiles
+    tiling.enable_tiling()
+    z, cotangent = randn(2, 4, 20, 24).requires_grad_(), randn(2, 3, 160, 192, seed=1)
+    plan = Plan(checkpointed, decoder_again=True, by_image=True, tiles=tiles)
+    with make_prior(plan, **({} if small else {"vae": own})) as prior:
+        drawn = prior.draft(own) if small else prior
+        image, pull = drawn.decode_pullback(z)
+        gradient, again = pull(cotangent), drawn.decode(z)
+        scale = prior.vae.config.scaling_factor if not small else own.config.scaling_factor
+    expected = tiling.decode(z / scale).sample / 2 + 0.5
+    (expected_gradient,) = torch.autograd.grad(expected, z, cotangent)
+    assert relative(image, expected) < 1e-6 and torch.equal(again, image)
+    assert relative(gradient, expected_gradient) < 1e-5
+    assert not own.use_tiling and own.tile_latent_min_size == 16
+
+
+def test_tiles_encode_as_the_tiling_vae_does():
+    vae, image = tiny.vae(), torch.rand(2, 3, 96, 96)
+    with make_prior(Plan(tiles=1), vae=vae) as prior, torch.no_grad():
+        latent = prior.encode(image)
+    vae.enable_tiling()
+    with torch.no_grad():
+        expected = vae.encode(2 * image - 1).latent_dist.mode() * vae.config.scaling_factor
+    assert relative(latent, expected) < 1e-5
+
+
+def test_one_tile_of_one_image_has_a_graph_at_a_time():
+    prior, seen = make_prior(Plan(decoder_again=True, by_image=True, tiles=1)), []
+    handle = prior.vae.decoder.register_forward_hook(
+        lambda module, args, out: seen.append((tuple(args[0].shape), out.requires_grad))
+    )
+    with prior:
+        image, pull = prior.decode_pullback(randn(2, 4, 8, 16))
+        pull(torch.ones_like(image))
+    handle.remove()
+    drawn, pulled = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert {shape[0] for shape, _ in seen} == {1} and max(shape[3] for shape, _ in seen) == 8
+    assert not any(graph for _, graph in drawn) and all(graph for _, graph in pulled)
+
+
+@pytest.mark.parametrize("plan", [*EXACT, Plan(True, True, True, True, 1)], ids=str)
+def test_networks_are_left_as_found_also_after_an_exception(plan):
+    prior = make_prior(plan)
+    prior.vae.enable_gradient_checkpointing()
+    prior.vae.encoder.gradient_checkpointing = False
+    found = state(prior.unet, prior.vae)
+    with prior:
+        vml_gradient(randn(2, 4, 16, 16), prior=prior, measurement=measurement(16, 16), **LEVEL)
+    assert state(prior.unet, prior.vae) == found
+    with pytest.raises(KeyError), prior:
+        prior.decode_pullback(randn(2, 4, 16, 16))
+        raise KeyError
+    assert state(prior.unet, prior.vae) == found
+
+
+LADDER = list(plans(2, (8, 8), 8, denoiser=True, decoder=True, may_free=True))
+NEEDS = dict(zip(LADDER, (1000, 500, 400, 410, 300, 50), strict=True))
+
+
+def pick(memory, free=None, ladder=LADDER):
+    return choose(memory, ladder, NEEDS.get, free)
+
+
+def test_the_ladder_holds_what_makes_a_difference():
+    names = [str(plan) for plan in plans(2, (128, 128), 64, denoiser=True, decoder=True, may_free=True)]
+    assert names[:3] == ["one graph", "one graph, checkpointed", "one graph at a time, checkpointed"]
+    assert names[3:5] == ["two passes, checkpointed", "two passes, checkpointed, image by image"]
+    assert [name.split(", ")[3:] for name in names[5:]] == [
+        ["tiles"], ["half tiles"], ["quarter tiles"], ["quarter tiles", "Jacobian-free"]
+    ]  # fmt: skip
+    through = {"denoiser": False, "decoder": True, "may_free": True}
+    halves = [Plan(True, False, True, False, n) for n in (2, 4)]
+    assert list(plans(1, (64, 64), 64, **through))[1:] == [CHECKPOINTED, Plan(True, False, True), *halves]
+    assert list(plans(1, (64, 64), None, denoiser=False, decoder=False, may_free=True)) == [Plan()]
+    assert not any(plan.free for plan in plans(1, (8, 8), 8, denoiser=True, decoder=True, may_free=False))
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "place"),
+    [("fast", 1, 0), ("auto", 2000, 0), ("auto", 1200, 1), ("auto", None, 0), ("auto", 10, 5), ("low", None, 4),
+     (1000, None, 0), (999, None, 1), (450, None, 2), (399, 10**9, 4), (299, None, 5), (50, None, 5)],
+)  # fmt: skip
+def test_the_choice_follows_from_the_budget(memory, free, place):
+    chosen = pick(memory, free)
+    assert chosen.plan == LADDER[place] and chosen.predicted == NEEDS[LADDER[place]]
+
+
+def test_an_impossible_budget_names_the_least():
+    with pytest.raises(ValueError, match=r"memory is 49 B; expected at least 50 B above .* Jacobian-free\)"):
+        pick(49)
+    with pytest.raises(ValueError, match="at least 300 B"):
+        pick(49, ladder=LADDER[:-1])
+
+
+def test_what_cannot_be_predicted_is_said():
+    unknown = lambda plan: None  # noqa: E731
+    assert choose("auto", LADDER, unknown, 10**9).plan == LADDER[0]
+    assert choose("low", LADDER, unknown, None).plan == LADDER[4]
+    with pytest.raises(ValueError, match="cannot be predicted"):
+        choose(10**9, LADDER, unknown, None)
+
+
+def test_graphs_that_live_together_are_added():
+    denoiser, decoder = Footprint(100, 130), Footprint(50, 90)
+    assert predict(denoiser, [decoder], 0) == 190
+    assert predict(denoiser, [decoder], 70) == 220
+    assert predict(Footprint(0, 130), [decoder, Footprint(0, 95)], 0) == 130
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [("auto", "auto"), ("low", "low"), (123, 123), ("4GiB", 4 << 30), ("1.5 GB", 15 * 10**8), ("300MiB", 300 << 20)],
+)
+def test_memory_is_read(given, parsed):
+    assert parse_memory(given) == parsed
+
+
+@pytest.mark.parametrize("given", ["much", "4 gigs", "", "0", 0, -1, 1.5, True, None, "4Gi"])
+def test_other_memory_is_refused(given):
+    with pytest.raises(ValueError, match=r"memory is .*; expected 'auto', 'fast', 'low', or bytes"):
+        parse_memory(given)
+
+
+def test_free_memory_is_known_here_and_sane():
+    assert free_bytes(torch.device("meta")) is None
+    assert free_bytes(CPU) is None or 2**20 < free_bytes(CPU) < 2**50
+
+
+def taken(prior, x, seen):
+    """The most bytes alive in one gradient, by running it."""
+    with prior, LiveBytes() as count:
+        count.leave_out([*prior.unet.parameters(), *prior.vae.parameters()])
+        vml_gradient(x, prior=prior, measurement=seen, **LEVEL)
+    return count.peak
+
+
+def test_plans_take_what_was_predicted_and_ever_less():
+    x, seen = randn(2, 4, 24, 24), measurement(24, 24)
+    footprints = Footprints(
+        make_prior(), x.shape, None, CPU, operator=graph_bytes(seen.operator, torch.zeros_like(seen.y))
+    )
+    ladder = [Plan(), CHECKPOINTED, Plan(True, True), Plan(True, True, True, True), Plan(True, True, True, True, 1)]
+    predicted = [footprints.need(plan) for plan in ladder]
+    found = [taken(make_prior(plan), x, seen) for plan in ladder]
+    for one, other in zip(predicted, found, strict=True):
+        assert 0.8 < one / other < 1.2, (predicted, found)
+    assert found == sorted(found, reverse=True) and found[-1] < 0.25 * found[0], found
+    assert found[1] < 0.8 * found[0] and found[3] < 0.6 * found[2], found
+
+
+def test_predicting_runs_no_network_and_draws_no_random_number():
+    prior, ran = make_prior(), []
+    handles = [
+        m.register_forward_pre_hook(lambda *_: ran.append(1)) for n in (prior.unet, prior.vae) for m in n.modules()
+    ]
+    footprints = Footprints(prior, (2, 4, 40, 8), tiny.gradient_vae(), CPU)
+    before, found = torch.get_rng_state(), state(prior.unet, prior.vae)
+    assert footprints.need(TWO_PASSES) > 0
+    assert not ran and torch.equal(torch.get_rng_state(), before) and state(prior.unet, prior.vae) == found
+    for handle in handles:
+        handle.remove()
+
+
+def test_sliced_attention_saves_nothing_with_a_graph():
+    x, shape = randn(2, 4, 24, 24), (2, 4, 24, 24)
+    fused, sliced = make_prior(), make_prior()
+    sliced.unet.set_attention_slice("max")
+    with fused, sliced:
+        held = []
+        for prior in (fused, sliced):
+            with LiveBytes() as count:
+                count.leave_out(prior.unet.parameters())
+                z0_hat, pull = prior.denoise_pullback(x, **LEVEL)
+                held.append(count.live)
+                pull(z0_hat)
+    assert held[1] > held[0]
+    needs = [Footprints(prior, shape, None, CPU).need(Plan()) for prior in (fused, sliced)]
+    assert needs[1] - needs[0] > 0.5 * (held[1] - held[0])
+
+
+# the pipelines
+
+PICTURE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+PAINTED = torch.zeros(1, 1, 64, 64)
+PAINTED[..., 32:] = 1
+CALL = {"image": PICTURE, "mask_image": PAINTED, "num_inference_steps": 8, "inner_steps": 1, "output_type": "pt"}
+
+
+@pytest.fixture
+def pipe():
+    pipe = VMLInpaintPipeline(**tiny.components(), requires_safety_checker=False)
+    pipe.gradient_vae = tiny.gradient_vae()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def solve(pipe, **changes):
+    given = {**CALL, "prompt": ["a"] * 2, "generator": torch.Generator().manual_seed(0), "return_report": True}
+    return pipe(**{**given, **changes})
+
+
+def test_modes_give_the_same_images_and_the_report_says_which(pipe, caplog):
+    caplog.set_level("INFO")
+    fast, low, auto = (solve(pipe, memory=memory) for memory in ("fast", "low", "auto"))
+    assert relative(low.images, fast.images) < 1e-3 and torch.equal(auto.images, fast.images)
+    assert fast.report.memory["plan"] == auto.report.memory["plan"] == "one graph"
+    assert (
+        "image by image" in low.report.memory["plan"]
+        and low.report.memory["predicted"] < fast.report.memory["predicted"]
+    )
+    assert "memory: two passes" in low.report.text() and len(low.report.text().splitlines()) == 5
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("memory: ")]
+    assert len(said) == 3 and "MiB at most above the weights" in said[1]
+
+
+def test_a_budget_makes_steps_jacobian_free_if_they_may_be(pipe):
+    peaks = {memory: solve(pipe, memory=memory).report.memory["predicted"] for memory in ("fast", "low")}
+    exact = solve(
+        pipe, memory=peaks["low"], width=96, image=torch.rand(2, 3, 64, 96), mask_image=torch.ones(1, 1, 64, 96)
+    )
+    assert exact.report.memory["predicted"] <= peaks["low"]
+    with pytest.raises(ValueError, match="memory is 1 KiB; expected at least"):
+        solve(pipe, memory="1KiB")
+
+
+def test_bad_memory_is_refused_before_any_work(pipe):
+    with pytest.raises(ValueError, match="memory is 'lots'"):
+        solve(pipe, memory="lots")
+
+
+@pytest.mark.parametrize(("way", "tiled"), [("model", True), ("sequential", True), ("group", True), ("cast", False)])
+def test_low_memory_goes_with_offloading(pipe, way, tiled, tmp_path):
+    if way == "cast":
+        for network in (pipe.unet, pipe.vae):
+            network.to(torch.bfloat16).to(torch.float32)
+    if tiled:
+        pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
+    short = {"memory": "low", "num_inference_steps": 4, "height": 48, "width": 48}
+    images = solve(pipe, **short).images
+    if way == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif way == "group":
+        pipe.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for network in (pipe.unet, pipe.vae):
+        if way == "sequential":
+            cpu_offload(network, CPU, offload_buffers=True)
+        elif way == "cast":
+            network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    out = solve(pipe, **short)
+    assert relative(out.images, images) < 1e-4 and ("tiles" in out.report.memory["plan"]) == tiled
+
+
+def test_half_precision_goes_with_low_memory(pipe):
+    pipe.to(torch.bfloat16)
+    out = solve(pipe, memory="low")
+    assert torch.isfinite(out.images).all() and "two passes" in out.report.memory["plan"]
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def restore(pipe, **changes):
+    given = {"y": PICTURE[:, :, ::4, ::4], "operator": Downsample(4), "num_inference_steps": 2, "prompt": ["a"] * 2}
+    return pipe(**{**given, "output_type": "pt", "return_report": True, "memory": "low", **changes})
+
+
+def test_other_families_are_predicted_too():
+    xl = restore(quiet(VMLRestoreXLPipeline(**tiny.xl_components(), add_watermarker=False)))
+    sd3 = quiet(VMLInpaintSD3Pipeline(**tiny.sd3_components(t5=False)))
+    flow = sd3(**{**CALL, "prompt": ["a"] * 2, "return_report": True, "memory": "low"})
+    for report in (xl.report, flow.report):
+        assert report.memory["predicted"] > 0 and report.memory["plan"] != "one graph"
+
+
+def test_red_diff_has_no_graph_of_the_denoiser_to_save(pipe):
+    sd = quiet(VMLRestorePipeline.from_pipe(pipe))
+    report = restore(sd, solver="red-diff", red=RedDiff()).report
+    assert "one graph at a time" not in report.memory["plan"] and report.memory["predicted"] > 0
+
+
+def test_without_xformers_one_message_and_pytorch_s_attention(pipe):
+    if torch.cuda.is_available():
+        pytest.skip("xformers may be there")
+    images = solve(pipe).images
+    with pytest.warns(UserWarning, match="scaled_dot_product_attention goes on") as told:
+        pipe.enable_xformers_memory_efficient_attention()
+    assert len(told) == 1 and torch.equal(solve(pipe).images, images)
+    pipe.disable_xformers_memory_efficient_attention()

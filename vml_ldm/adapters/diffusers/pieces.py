@@ -1,0 +1,72 @@
+"""A VAE as twins of itself that share its weights: one that works in tiles, one whose decoder runs again when pulled.
+
+A twin leaves the VAE that it came from as it is, flags and hooks too. It goes through the VAE's own `encode` and
+`decode`, so tiles are cut and blended by diffusers' own code, and offloading finds its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ...objective import pullback
+
+
+def in_tiles(vae: nn.Module, divisor: int) -> nn.Module:
+    """The VAE with its own tiling on, as after `enable_tiling()`, and tiles `divisor` times smaller than its own."""
+    twin = copy.copy(vae)
+    twin.use_tiling = True
+    twin.tile_latent_min_size = vae.tile_latent_min_size // divisor
+    twin.tile_sample_min_size = vae.tile_sample_min_size // divisor
+    return twin
+
+
+def by_image(vae: nn.Module) -> nn.Module:
+    """The VAE with its own slicing on, as after `enable_slicing()`."""
+    twin = copy.copy(vae)
+    twin.use_slicing = True
+    return twin
+
+
+def run_again(vae: nn.Module, keep) -> nn.Module:
+    """The VAE whose decoder makes no graph: the backward pass runs it again with one, call by call.
+
+    A call is a whole latent, an image of a slicing VAE, or a tile of a tiling one, so no more than one of these has a
+    graph at a time.
+
+    Args:
+        keep: a function without arguments; graphs are made in the context that it gives.
+    """
+    twin = copy.copy(vae)
+    twin.__dict__["_modules"] = {**vae._modules, "decoder": _RunAgain(vae.decoder, keep)}
+    return twin
+
+
+class _RunAgain(nn.Module):
+    def __init__(self, module: nn.Module, keep):
+        super().__init__()
+        self.module, self._keep = module, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Again.apply(self, x)
+
+    def pullback(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        with self._keep():
+            _, pull = pullback(self.module, x)
+        return pull(cotangent)
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, again: _RunAgain, x: Tensor) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(x)
+        return again.module(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.again.pullback(*ctx.saved_tensors, cotangent)
