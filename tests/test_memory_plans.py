@@ -159,6 +159,14 @@ def test_the_choice_follows_from_the_budget(memory, free, place):
     assert chosen.plan == LADDER[place] and chosen.predicted == NEEDS[LADDER[place]]
 
 
+def test_nothing_is_predicted_where_memory_is_plenty():
+    """A prediction takes seconds: a default call of a small picture makes none."""
+    asked = []
+    plenty = choose("auto", LADDER, asked.append, 10**12, latents=64)
+    assert plenty.plan == LADDER[0] and plenty.predicted is None and not asked
+    assert choose("auto", LADDER, NEEDS.get, 2000, latents=64).predicted == NEEDS[LADDER[0]]
+
+
 def test_an_impossible_budget_names_the_least():
     with pytest.raises(ValueError, match=r"memory is 49 B; expected at least 50 B above .* Jacobian-free\)"):
         pick(49)

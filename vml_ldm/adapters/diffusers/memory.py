@@ -166,7 +166,7 @@ def choose(
     """
     ladder = list(ladder)
     if memory == "fast" or (memory == "auto" and free is None):
-        return Chosen(ladder[0], None, None)
+        return Chosen(ladder[0], need(ladder[0]), None)
     if memory == "low":
         return _least([plan for plan in ladder if not plan.free and plan.tiles in (None, 1)], need)
     budget = int(_SHARE * free) if memory == "auto" else memory
