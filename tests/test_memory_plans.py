@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload
+from diffusers import AutoencoderKL
 
 from vml_ldm import VMLInpaintPipeline, VMLInpaintSD3Pipeline, VMLRestorePipeline, VMLRestoreXLPipeline, vml_gradient
 from vml_ldm.adapters.diffusers import StableDiffusionPrior
@@ -295,14 +296,20 @@ def test_modes_give_the_same_images_and_the_report_says_which(pipe, caplog):
     assert len(said) == 3 and "MiB at most above the weights" in said[1]
 
 
-def test_a_budget_makes_steps_jacobian_free_if_they_may_be(pipe):
-    peaks = {memory: solve(pipe, memory=memory).report.memory["predicted"] for memory in ("fast", "low")}
-    exact = solve(
-        pipe, memory=peaks["low"], width=96, image=torch.rand(2, 3, 64, 96), mask_image=torch.ones(1, 1, 64, 96)
-    )
-    assert exact.report.memory["predicted"] <= peaks["low"]
-    with pytest.raises(ValueError, match="memory is 1 KiB; expected at least"):
-        solve(pipe, memory="1KiB")
+def test_jacobian_free_steps_are_the_last_resort_and_said(caplog):
+    thin = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=16).eval()  # the UNet takes most
+    pipe = quiet(VMLInpaintPipeline(**{**tiny.components(), "vae": thin}, requires_safety_checker=False))
+    short = {"num_inference_steps": 4, "height": 32, "width": 32}
+    exact = solve(pipe, memory="low", **short).report
+    budget = exact.memory["predicted"] - 1
+    report = solve(pipe, memory=budget, **short).report
+    assert exact.jacobian == "exact" and report.jacobian == "free" and "denoise_vjp" not in report.calls
+    assert report.memory["predicted"] <= budget == report.memory["budget"]
+    assert any("Jacobian-free" in r.getMessage() and r.levelname == "WARNING" for r in caplog.records)
+    with pytest.raises(ValueError, match=r"expected at least .* above the networks' weights"):
+        solve(pipe, memory=budget, jacobian="exact", **short)
+    with pytest.raises(ValueError, match=r"memory is 1 KiB; expected at least .* Jacobian-free"):
+        solve(pipe, memory="1KiB", **short)
 
 
 def test_bad_memory_is_refused_before_any_work(pipe):

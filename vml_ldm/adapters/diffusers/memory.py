@@ -194,7 +194,7 @@ def _least(ladder: list[Plan], need: Callable[[Plan], int | None]) -> Chosen:
     peak = least = need(plan)
     for faster in reversed(before if least is not None else []):
         other = need(faster)
-        if other > (1 + _SAME) * least:
+        if other is None or other > (1 + _SAME) * least:
             break
         plan, peak = faster, other
     return Chosen(plan, peak, None)
