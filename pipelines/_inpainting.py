@@ -22,7 +22,7 @@ from vml_ldm.objective import own
 from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
-from vml_ldm.presets import STARTS, Settings, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
 from vml_ldm.solve import Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
@@ -60,9 +60,7 @@ class InpaintingMixin:
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
         preset = given["preset"]
-        chosen = settings(
-            preset, **{name: given[name] for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
-        )
+        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
         a = SimpleNamespace(
             **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
         )

@@ -17,7 +17,7 @@ from vml_ldm.objective import own
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
-from vml_ldm.presets import STARTS, Settings, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, conclude
@@ -116,7 +116,7 @@ def _choose(a: SimpleNamespace) -> Settings:
     a.start = a.start or ("noise" if a.solver == "vml" else "measurement")
     check_one_of("start", a.start, STARTS)
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in ("jacobian", "inner_steps", "renoise", "use_gradient_vae")}
+    given = {name: getattr(a, name) for name in EXPLICIT}
     if a.solver == "vml":
         if a.red is not None:
             raise ValueError("`red` came with solver='vml'; expected solver='red-diff', or no `red`.")

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,16 +222,15 @@ class SolvingMixin:
             shared["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
         conditions = [dict(shared) for _ in range(1 + self.do_classifier_free_guidance)]
         if a.ip_adapter_image is not None or a.ip_adapter_image_embeds is not None:
-            embeds = self.prepare_ip_adapter_image_embeds(
-                a.ip_adapter_image,
-                a.ip_adapter_image_embeds,
-                self._execution_device,
-                batch,
-                self.do_classifier_free_guidance,
-            )
+            embeds = self._ip_adapter_embeds(a, batch)
             for condition, *own in zip(conditions, *(e.chunk(len(conditions)) for e in embeds), strict=True):
                 condition["added_cond_kwargs"] = {"image_embeds": own}
         return conditions
+
+    def _ip_adapter_embeds(self, a: SimpleNamespace, batch: int):
+        """What the IP-Adapter gives for every image; under guidance the negative ones first."""
+        given, guided = (a.ip_adapter_image, a.ip_adapter_image_embeds), self.do_classifier_free_guidance
+        return self.prepare_ip_adapter_image_embeds(*given, self._execution_device, batch, guided)
 
     def _new_prior(self, conditions: list[dict]) -> GuidedPrior:
         """The prior of this pipeline's networks; two conditions are the negative prompt's and the prompt's."""
@@ -261,13 +260,18 @@ class SolvingMixin:
         shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
         decoder = chosen.inner_steps > 0
         through = {"denoiser": decoder and chosen.jacobian == "exact", "decoder": decoder}
-        held = graph_bytes(operator, image) if decoder else 0
         draft = self.gradient_vae if self._is_drafting(a, chosen) else None
-        footprints = Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
+
+        @cache
+        def footprints() -> Footprints:  # where something is to be predicted
+            held = graph_bytes(operator, image) if decoder else 0
+            return Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
+
+        need = lambda plan: footprints().need(plan)  # noqa: E731
         tile = getattr(self.vae, "tile_latent_min_size", None)
         ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None)
         latents = shape[0] * shape[2] * shape[3]
-        fitted = choose(a.memory, ladder, footprints.need, free_bytes(self._execution_device), latents)
+        fitted = choose(a.memory, ladder, need, free_bytes(self._execution_device), latents)
         prior.plan = fitted.plan
         _say(fitted)
         return (replace(chosen, jacobian="free") if fitted.plan.free else chosen), fitted

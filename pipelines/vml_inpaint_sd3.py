@@ -134,13 +134,7 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         ]
         asked = a.ip_adapter_image is not None and self.is_ip_adapter_active
         if asked or a.ip_adapter_image_embeds is not None:
-            embeds = self.prepare_ip_adapter_image_embeds(
-                a.ip_adapter_image,
-                a.ip_adapter_image_embeds,
-                self._execution_device,
-                batch,
-                self.do_classifier_free_guidance,
-            )
+            embeds = self._ip_adapter_embeds(a, batch)
             for condition, own in zip(conditions, embeds.chunk(len(conditions)), strict=True):
                 condition["joint_attention_kwargs"]["ip_adapter_image_embeds"] = own
         return conditions

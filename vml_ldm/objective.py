@@ -37,6 +37,10 @@ PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
 
 
+class NonFiniteError(FloatingPointError):
+    """A network gave NaN or infinity, and nothing that its prior could do has mended that."""
+
+
 class Prior(Protocol):
     """A pre-trained diffusion model, as the solvers see it. Any object with these three methods is one.
 
@@ -246,6 +250,17 @@ def pullback(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, P
         return torch.autograd.grad(value, source, cotangent)[0]
 
     return value.detach(), pull
+
+
+def at_unit_size(pull: PullBack) -> PullBack:
+    """The pull-back, which is linear, with its cotangent (B, c, h, w) at unit size image by image: in half precision
+    it neither under- nor overflows."""
+
+    def scaled(cotangent: Tensor) -> Tensor:
+        size = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
+        return pull(cotangent / size) * size
+
+    return scaled
 
 
 def own(value):

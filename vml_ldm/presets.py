@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from .solve import check_choices
 
 STARTS = ("noise", "measurement")
+EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 

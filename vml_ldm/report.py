@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import hypot
 
-NETWORKS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "decode_jvp", "draft", "draft_vjp", "encode")
+NETWORKS = ("denoise", "decode", "draft", "encode")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Report:
     def overhead(self) -> float:
         """Share of the solve's time that was spent outside the networks, in [0, 1]."""
         total = self.seconds.get("total", 0.0)
-        return 1 - sum(self.seconds.get(name, 0.0) for name in NETWORKS) / total if total else 0.0
+        return 1 - _sum(self.seconds, *NETWORKS) / total if total else 0.0
 
     def to_dict(self) -> dict:
         """Every field, `expected` and `overhead`, as plain Python values."""

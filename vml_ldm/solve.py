@@ -179,7 +179,7 @@ def vml_map(
         generator=generator,
         step=step,
         stop_prior_at=stop_prior_at,
-        draft=draft and prior.drafting(draft),
+        draft=None if draft is None else prior.drafting(draft),
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -210,7 +210,7 @@ def vml_levels(
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     check_choices(inner_steps, jacobian)
-    priors = [draft or prior] * (levels_above(stop_prior_at, schedule) - 1) + [prior]
+    priors = [prior if draft is None else draft] * (levels_above(stop_prior_at, schedule) - 1) + [prior]
     return _levels(x_T, priors, measurement, schedule, inner_steps, jacobian, stop_at, generator, step)
 
 

@@ -4,7 +4,8 @@ The work is done inside a sampler's call, which ComfyUI makes with the model loa
 conditioning prepared. Nothing of ComfyUI is replaced.
 """
 
-from .prior import ComfyPrior, NonFiniteError
+from ...objective import NonFiniteError
+from .prior import ComfyPrior
 from .running import (
     SCHEDULERS,
     Sampling,

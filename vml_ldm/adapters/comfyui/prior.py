@@ -12,11 +12,7 @@ from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ...guidance import pushed
-from ...objective import PullBack, pullback
-
-
-class NonFiniteError(FloatingPointError):
-    """A network gave NaN or infinity."""
+from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
 
 
 class ComfyPrior:
@@ -128,8 +124,7 @@ def _pullback(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> tup
 
     def checked(cotangent: Tensor) -> Tensor:
         throw_exception_if_processing_interrupted()
-        size = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
-        return _finite(f"the backward pass of {name}", pull(cotangent / size) * size)
+        return _finite(f"the backward pass of {name}", at_unit_size(pull)(cotangent))
 
     return _finite(name, value), checked
 

@@ -1,9 +1,9 @@
 """diffusers as a host: its models as a `Prior`, its schedulers as a `Schedule`."""
 
+from ...objective import NonFiniteError
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
 from .memory import Chosen, choose, free_bytes, in_units, parse_memory, plans
-from .precision import NonFiniteError
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior

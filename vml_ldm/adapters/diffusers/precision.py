@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...objective import PullBack, pullback
+from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets in modules
-
-
-class NonFiniteError(FloatingPointError):
-    """A network gave NaN or infinity, in float32 too."""
 
 
 class Guard:
@@ -120,9 +116,8 @@ class Guard:
         def checked(cotangent: Tensor) -> Tensor:
             if rerun == "parts" or is_checkpointed(network):
                 _fetch(network, cotangent.device)
-            scale = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(cotangent.dtype).tiny)
-            first = lambda: (pull(cotangent / scale) * scale,)  # noqa: E731
-            again = lambda: (run()[1](cotangent / scale) * scale,)  # noqa: E731
+            first = lambda: (at_unit_size(pull)(cotangent),)  # noqa: E731
+            again = lambda: (at_unit_size(run()[1])(cotangent),)  # noqa: E731
             return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
