@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
-from vml_ldm.measuring import Measured, check_std, measure, tell
+from vml_ldm.measuring import Measured, check_std, measure, settle, tell
 from vml_ldm.objective import own
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
-from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, conclude
@@ -42,14 +42,14 @@ class RestoringMixin:
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
         levels, chosen = self._levels(a, chosen)
-        guess = observed.guess((a.height, a.width)).float()  # also where the caller's autocast lowers the operator
+        guess = observed.guess((a.height, a.width), noise=noise_std)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, len(guess))
         chosen, fitted = self._fit(a, prior, chosen, a.operator, guess)
         with prior:
             metered = Metered(prior)
-            measured = measure(a.operator, observed.y, noise_std, guess, a.operator(guess), metered)
+            measured = measure(a.operator, observed.y, noise_std, guess, metered)
             solving = self._begin(a, measured, levels, chosen, metered)
             latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
@@ -58,7 +58,8 @@ class RestoringMixin:
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report
-        return *self._hand_out(solution.image, a.output_type, dtype), report
+        image = settle(solution.image, measured.measurement, noise_std) if a.pixel_step else solution.image
+        return *self._hand_out(image, a.output_type, dtype), report
 
     def _observe(self, a: SimpleNamespace) -> tuple[Measurement, Tensor]:
         """y for every image of the batch with its operator, checked; and the noise, (B,)."""
@@ -83,7 +84,11 @@ class RestoringMixin:
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
         count, inner_steps = chosen.split(steps)
-        levels = self._plan(a, count, chosen.renoise)
+        own = a.timesteps is not None or a.sigmas is not None
+        picks = a.solver == "vml" and inner_steps > 0 and not own
+        levels = self._plan(a, max(steps, count) if picks else count, chosen.renoise)
+        if picks:
+            levels = levels.at(pick_levels(levels.noise, count))
         if a.solver == "red-diff":
             self._num_timesteps, inner_steps = len(visits_of(a.red.order, levels)), 1  # of its optimiser
         else:

@@ -57,6 +57,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         renoise: float | None = None,
         use_gradient_vae: bool | None = None,
         memory: str | int = "auto",
+        pixel_step: bool = True,
         red: RedDiff | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
@@ -90,13 +91,15 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             memory: as for `VMLInpaintPipeline`.
+            pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's
+                noise lets: see `vml_ldm.measuring.settle`. For linear operators; others' images are the decoder's.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `nsfw_content_detected`, `report`), or with `return_dict=False` the tuple
-            (images, nsfw_content_detected), and the report behind them if asked for. Nothing of y is pasted into the
-            images.
+            (images, nsfw_content_detected), and the report behind them if asked for. `report.residual` is that of the
+            decoder's image, before the step in pixels.
 
         Raises:
             ValueError, TypeError: an argument that is not as described, or an operator that does not map images of

@@ -36,6 +36,7 @@ from vml_ldm.operators import (
     Subsample,
     from_physics,
     motion_kernel,
+    squares,
 )
 
 SIZE = (16, 8)
@@ -539,6 +540,26 @@ def test_a_guess_for_an_operator_without_a_start_agrees_with_y(name):
     guess = bare.guess(SIZE)
     assert guess.shape == x.shape and bare.rms(bare.residual(guess)).max() < 1e-6
     assert torch.allclose(guess[:1], seen_through(lambda image: operator(image), x[:1]).guess(SIZE)) or name == "mask"
+
+
+@pytest.mark.parametrize("name", ["mask", "downsample", "fourier", "grey"])
+def test_a_linear_operator_s_guess_minimises_the_residual_and_the_roughness(name):
+    operator = {"mask": MASK, "downsample": Downsample(4), "fourier": FourierLines(SIZE, 0.5), "grey": Grayscale()}[
+        name
+    ]
+    x = F.interpolate(0.3 + 0.4 * images(size=(4, 2)), SIZE, mode="bilinear")  # nothing is clamped
+    measurement, noise = Measurement(operator, operator(x), 1.0), torch.tensor([0.05, 0.2]).double()
+
+    def cost(image):
+        across = lambda x: sum(squares(x.diff(dim=dim)) for dim in (2, 3))  # noqa: E731
+        rough = across(image) + 10 * across(image - image.mean(1, keepdim=True))
+        return squares(measurement.residual(image)) / noise**2 + rough / 0.1**2
+
+    guess = measurement.guess(SIZE, noise=noise).requires_grad_()
+    (slope,) = torch.autograd.grad(cost(guess).sum(), guess)
+    (before,) = torch.autograd.grad(cost(start := measurement.start().requires_grad_()).sum(), start)
+    assert (cost(guess) <= cost(start)).all() and squares(slope).sqrt().max() < 0.02 * squares(before).sqrt().max()
+    assert torch.equal(measurement.guess(SIZE, noise=1e-9), measurement.guess(SIZE, noise=0.01))
 
 
 def test_a_guess_is_the_start_where_there_is_one_and_never_worse_than_grey():

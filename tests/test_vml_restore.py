@@ -26,6 +26,7 @@ from vml_ldm.operators import (
     PhaseRetrieval,
 )
 from vml_ldm.pipelines._common import to_y
+from vml_ldm.presets import LEAST_NOISE, pick_levels
 from vml_ldm.red import red_diff_levels
 
 SIZE = 64
@@ -108,12 +109,14 @@ def test_the_pipeline_is_the_core_solver_on_its_parts(pipe, solver):
     given = {"y": y, "sigma_y": [0.0, 0.1], "start": "measurement", **SOLVERS[solver]}
     out = call(pipe, operator, **given, generator=seeds(3, 4), output_type="latent", return_report=True)
     embeds, _ = pipe.encode_prompt(["a hat"] * 2, "cpu", 1, False)
-    pipe.scheduler.set_timesteps(out.report.levels)
+    pipe.scheduler.set_timesteps(4)
     levels = scheduler_levels(pipe.scheduler, pipe.scheduler.timesteps)
+    if solver == "vml":
+        levels = levels.at(pick_levels(levels.noise, out.report.levels))
     networks = {"unet": pipe.unet, "vae": pipe.vae, "scheduler": pipe.scheduler}
     measurement, generator = Measurement(operator, y, torch.tensor(out.report.effective_sigma_y)), seeds(3, 4)
     with StableDiffusionPrior(**networks, condition={"encoder_hidden_states": embeds}) as prior, torch.no_grad():
-        z = prior.encode(operator.start(y))
+        z = prior.encode(measurement.guess(SHAPE, noise=torch.tensor([0.0, 0.1])))
         common = {"prior": prior, "measurement": measurement, "schedule": levels, "generator": generator}
         if solver == "red-diff":
             solution = red_diff(z, **common, lr=0.1)
@@ -168,7 +171,7 @@ def test_the_vae_s_error_is_what_the_operator_sees_of_its_round_trip_not_of_the_
     operator = GaussianBlur(2.0)
     y = operator(pictures()) + 0.2 * torch.randn(1, 3, *SHAPE, generator=torch.Generator().manual_seed(5))
     report = call(pipe, operator, y=y, sigma_y=0.2, return_report=True).report
-    start = operator.start(y)
+    start = Measurement(operator, y, 1.0).guess(SHAPE, noise=0.2)
     with torch.no_grad():
         latent = pipe.vae.encode(2 * start - 1).latent_dist.mode()
         trip = pipe.vae.decode(latent).sample / 2 + 0.5
@@ -180,10 +183,44 @@ def test_the_vae_s_error_is_what_the_operator_sees_of_its_round_trip_not_of_the_
 
 def test_the_report_measures_the_image(pipe):
     operator = HDR()
-    out = call(pipe, operator, output_type="pt", return_report=True)
+    out = call(pipe, operator, output_type="pt", return_report=True)  # not linear: no step in pixels
     error = (operator(pictures()) - operator(out.images)).square().mean().sqrt()
     assert out.report.residual[0] == pytest.approx(error.item(), rel=0.05)  # of the image before it is clamped
     assert "vml, 2 levels, up to 1 inner steps" in out.report.text()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_step_in_pixels_gives_what_the_decoder_could_not_draw_of_a_noiseless_y(pipe, solver):
+    operator, kwargs = Downsample(4), {"output_type": "pt", "return_report": True, **SOLVERS[solver]}
+    drawn = call(pipe, operator, pixel_step=False, **kwargs)
+    settled = call(pipe, operator, **kwargs)
+    y, inside = operator(pictures()), settled.images.clamp(0.001, 0.999) == settled.images
+    error = lambda image: (y - operator(image)).square().mean().sqrt()  # noqa: E731
+    assert inside.float().mean() > 0.9 and error(settled.images) < 0.2 * error(drawn.images)
+    assert settled.report.residual == drawn.report.residual  # told of the decoder's image
+    nothing = call(pipe, JPEG(50), pixel_step=True, **kwargs).images
+    assert torch.equal(nothing, call(pipe, JPEG(50), pixel_step=False, **kwargs).images)
+
+
+def test_the_levels_are_the_scheduler_s_own_and_end_above_the_least_noise():
+    assert pick_levels([9.0, 4.0, 2.0, 1.0, 0.5, 0.2, 0.05], 3) == [1, 3, 5]
+    assert pick_levels([9.0, 4.0, 0.05], 5) == [0, 1] and pick_levels([0.05, 0.01], 2) == [0, 1]
+    scheduler = tiny.components()["scheduler"]
+    for steps in (10, 50):
+        scheduler.set_timesteps(steps)
+        noise = scheduler_levels(scheduler, scheduler.timesteps).noise
+        chosen = [noise[i] for i in pick_levels(noise, 5)]
+        assert len(chosen) == 5 and chosen[-1] == min(value for value in noise if value >= LEAST_NOISE)
+
+
+def test_operators_keep_their_precision_under_the_caller_s_autocast():
+    operator, x = Downsample(4, "bicubic"), pictures(2)
+    measurement = Measurement(operator, operator(x), 0.1)
+    plain = measurement.guess(SHAPE, noise=0.1), measurement.residual(x / 2), measurement.start()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = measurement.guess(SHAPE, noise=0.1), measurement.residual(x / 2), measurement.start()
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("operator", [Downsample(4), squared])

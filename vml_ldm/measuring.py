@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .images import fill_holes
-from .operators import Mask, Measurement
+from .operators import Mask, Measurement, is_linear, uncast
 from .report import Report
 from .solve import Metered, Solution
 
 _VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
+_MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder cannot draw; chosen on validation images
+_LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
 
@@ -31,7 +33,9 @@ class Measured(NamedTuple):
     latent: Tensor
 
 
-def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor, prior: Metered) -> Measured:
+def measure(
+    operator, y: Tensor, noise_std: Tensor, image: Tensor, prior: Metered, seen: Tensor | None = None
+) -> Measured:
     """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
 
     The decoder cannot draw y exactly, so the solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y,
@@ -42,9 +46,12 @@ def measure(operator, y: Tensor, noise_std: Tensor, image: Tensor, seen: Tensor,
         operator: A.
         noise_std: (B,), sigma_y as the caller named it.
         image: (B, 3, H, W) in [0, 1].
-        seen: what the round trip should give back, shaped like y: y, or A(image) where the image is not free of noise
-            or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
+        seen: what the round trip should give back, shaped like y; None is A(image), for an image that is not free of
+            noise or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
     """
+    if seen is None:
+        with uncast(image):
+            seen = operator(image)
     latent = prior.encode(image)
     before = Measurement(operator, seen, 1.0)
     vae_error = before.rms(before.residual(prior.decode(latent)))
@@ -62,7 +69,24 @@ def measure_known(image: Tensor, known: Tensor, noise_std: Tensor, prior: Metere
     """
     operator = Mask(known)
     y = operator(image)
-    return measure(operator, y, noise_std, fill_holes(image, known), y, prior)
+    return measure(operator, y, noise_std, fill_holes(image, known), prior, seen=y)
+
+
+def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:
+    """A last step in pixels: an image and the smoothest change of it that y asks for, (B, 3, H, W) in [0, 1].
+
+    Added is the minimiser v of ``|y - A (x + v)|^2 / sigma_y^2 + R(v) / 0.02^2`` (`Measurement.smooth`): what the
+    decoder cannot draw of y, as far as y's noise lets. A sigma_y below 0.001, that of 8-bit values, counts as 0.001.
+    (Ours. The image of an operator that is not linear stays as it is.)
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        noise_std: (B,), sigma_y as the caller named it.
+    """
+    if not is_linear(measurement.operator):
+        return image
+    noise = noise_std.clamp(min=_LEAST_NOISE)
+    return measurement.smooth(image, noise=noise, slope=_MISSING_SLOPE, of=image).clamp(0, 1)
 
 
 def check_std(sigma_y, batch: int, device) -> Tensor:

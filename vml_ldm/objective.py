@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .operators import Measurement, column, dot, squares
+from .operators import Measurement, column, dot, squares, uncast
 
 PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
@@ -81,7 +81,7 @@ def data_term(z: Tensor, *, prior: Prior, measurement: Measurement) -> DataTerm:
         z: (B, c, h, w), a clean latent.
     """
     image, pull = decode_pullback(prior, z)
-    with torch.enable_grad():
+    with torch.enable_grad(), uncast(image):
         pixels = image.detach().requires_grad_()
         residual = measurement.residual(pixels)
         (cotangent,) = torch.autograd.grad(residual, pixels, _normalised(residual, measurement))

@@ -24,7 +24,7 @@ from .objective import (
     denoise_pullback,
     linearise,
 )
-from .operators import Measurement, column, conjugate_gradients, dot, squares
+from .operators import Measurement, column, conjugate_gradients, dot, is_linear, squares, uncast
 
 JACOBIANS = ("exact", "free")
 PRECONDITIONERS = ("none", "gauss-newton")
@@ -216,7 +216,7 @@ def _normal_matrix(z: Tensor, prior: Prior, measurement: Measurement) -> Callabl
     """
     operator = measurement.operator
     image, push, pull = decode_linear(prior, z)
-    if getattr(operator, "linear", False) and hasattr(operator, "adjoint"):
+    if is_linear(operator):
         seen_normal = lambda v: operator.adjoint(operator(v))  # noqa: E731
     else:
         _, push_seen, pull_seen = linearise(operator, image)
@@ -224,7 +224,10 @@ def _normal_matrix(z: Tensor, prior: Prior, measurement: Measurement) -> Callabl
 
     def normal(p: Tensor) -> Tensor:
         size = column((squares(p) / p[0].numel()).sqrt().clamp(min=torch.finfo(p.dtype).tiny), p)
-        return size * pull(seen_normal(push(p / size)))
+        pixels = push(p / size)
+        with uncast(p):
+            seen = seen_normal(pixels)
+        return size * pull(seen)
 
     return normal
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .solve import check_choices
 
 STARTS = ("noise", "measurement")
 EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
+LEAST_NOISE = 0.1  # of the levels of a restoration, in units of the latent
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 
@@ -43,6 +45,20 @@ class Settings:
         if not self.fixed:
             inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
         return max(1, evaluations // (inner + 1)), inner
+
+
+def pick_levels(noise: Sequence[float], count: int) -> list[int]:
+    """Which of a sampler's levels a measurement is solved at: `count`, evenly, the last the least noisy that is left.
+
+    Levels of less noise than 0.1 are left out: there the prior's score, all error, holds the answer away from y. (On 8
+    validation images ending at 0.14 in place of 0.04 gave noisy super-resolution up to 0.9 dB, and cost other tasks up
+    to 0.5 dB before the step in pixels.)
+
+    Args:
+        noise: ``sigma / alpha`` of the levels, falling; enough of them above 0.1, or those are all.
+    """
+    found = sum(value >= LEAST_NOISE for value in noise) or len(noise)
+    return sorted({max(0, round((i + 1) * found / count) - 1) for i in range(count)})
 
 
 # Chosen on the validation images: few levels with many inner steps beat many levels with few.

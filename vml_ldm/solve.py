@@ -18,6 +18,7 @@ Notation (the papers' letters; shapes are (B, c, h, w) unless said)
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,11 @@ class Levels:
 
     def __len__(self) -> int:
         return len(self._scales) - 1
+
+    @property
+    def noise(self) -> list[float]:
+        """``sigma / alpha`` of each level; infinite where alpha is 0."""
+        return [sigma / alpha if alpha > 0 else math.inf for alpha, sigma in self._scales[:-1]]
 
     def scales(self, i: int) -> tuple[float, float]:
         return self._scales[i]

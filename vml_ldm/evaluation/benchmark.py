@@ -1,8 +1,8 @@
 """The comparison behind ``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration.
 
-Same checkpoint, prompts, seeds, y and operator for every method; nothing of y is pasted into any answer, and every
-figure is of the whole image. Phase retrieval cannot tell an image from its turn by 180 degrees: there, the better of
-the two by PSNR counts, for every method alike.
+Same checkpoint, prompts, seeds, y and operator for every method; every figure is of the whole image, but the residual,
+which is that of the decoder's image. Phase retrieval cannot tell an image from its turn by 180 degrees: there, the
+better of the two by PSNR counts, for every method alike.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class BenchmarkRow:
 
     The first six fields say what was run (``fingerprint`` stands for checkpoint, code and settings). Then: PSNR (dB)
     and SSIM of the whole image, its EfficientNet-Lite0 distance (None without the weights), rms of y - A(image) before
-    the image was clamped, the VAE's round-trip error of the truth as the operator sees it (both in units of y), and
-    seconds for one image (a batch's time over its size).
+    the step in pixels and the clamp, the VAE's round-trip error of the truth as the operator sees it (both in units of
+    y), and seconds for one image (a batch's time over its size).
     """
 
     image: str
@@ -224,7 +224,8 @@ class Benchmark(comparison.Comparison):
 
     def _sheet_rows(self, places: Sequence[Place], cases: Sequence[Case]) -> list[tuple[str, list[Image.Image]]]:
         """Truth, the measurement's guess and every method's answer, for each image at each place."""
-        guesses = [self._pose(place, cases).measurement.guess((self.size, self.size)) for place in places]
+        problems = [self._pose(place, cases) for place in places]
+        guesses = [p.measurement.guess((self.size, self.size), noise=p.sigma_y) for p in problems]
         rows = [("truth", to_pil(stack_truth(cases)) * len(places)), ("guess", to_pil(torch.cat(guesses)))]
         for method in self.methods_at(places[0]):
             if method.name != "start":  # it is the guess

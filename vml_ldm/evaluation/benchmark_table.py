@@ -26,11 +26,13 @@ _COLUMNS = (
     Column("seconds", "seconds", 2, paired=False),
 )
 _NOTES = (
-    "Means over the images; whole images count, nothing of y is pasted into them. Seconds are for one image.",
-    "Residual: rms of y - A(image). Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip error of the truth as the "
-    "operator sees it.",
-    f"start: the operator's pseudo-inverse, or what it begins from if it is not linear. {CEILING}: the truth through "
-    "the VAE, a ceiling that no method can know.",
+    "Means over the images; whole images count. Seconds are for one image. For linear operators vml, vml-free and "
+    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff is as published, without it.",
+    "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
+    "error of the truth as the operator sees it.",
+    "start: the operator's pseudo-inverse, or what it begins from if it is not linear. smooth: the smoothest image "
+    "that agrees with y, from which both RED-diffs begin where the operator is linear. "
+    f"{CEILING}: the truth through the VAE, which no method can know; only a step in pixels can pass it.",
 )
 
 

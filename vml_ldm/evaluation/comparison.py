@@ -32,8 +32,9 @@ from vml_ldm.pipelines import _solving
 T = TypeVar("T")
 MOST_PSNR = 100.0  # dB; what an error of zero is entered as
 WARM_UP_STEPS = 6
-# They show rows, or choose settings that the fingerprint has anyway
-_NO_SAY = ("sheet.py", "table.py", "benchmark_table.py", "tuning.py")
+# Sources that no row depends on: they show rows, choose settings that the fingerprint has anyway, or serve other hosts
+_NO_SAY = ("sheet.py", "table.py", "benchmark_table.py", "tuning.py", "batch.py", "manifest.py", "posing.py")
+_ELSEWHERE = ("cli", "comfyui", "nodes")
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,16 @@ def stamp(plan: Plan, pipe) -> str:
     versions = [vml_ldm.__version__, torch.__version__, diffusers.__version__]
     parts = {
         "checkpoint": _digest(path for path in Path(plan.model).rglob("*") if path.is_file()),
-        "source": _digest(path for path in sources if path.parent.name != "cli" and path.name not in _NO_SAY),
+        "source": _digest(filter(_has_say, sources)),
         "versions": [*versions, pipe.device.type, str(pipe.unet.dtype)],
         "settings": plan.common_arguments(),
         "perceptual": metrics.has_perceptual_weights(),
     }
     return json.dumps(parts, sort_keys=True)
+
+
+def _has_say(source: Path) -> bool:
+    return source.parent.name not in _ELSEWHERE and source.name not in _NO_SAY
 
 
 def _digest(paths: Iterator[Path]) -> str:

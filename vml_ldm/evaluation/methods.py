@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vml_ldm.evaluation import tuning
-from vml_ldm.evaluation.problems import TASKS, Problem
+from vml_ldm.evaluation.problems import LINEAR, TASKS, Problem
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Downsample, Mask
 from vml_ldm.red import RedDiff
@@ -40,7 +40,7 @@ class Solver:
         return self.arguments(*place)
 
     def answer(self, problem: Problem, pipe, common: dict) -> Answer:
-        """The pipeline's images for y; nothing of it is pasted into them."""
+        """The pipeline's images for y."""
         out = pipe(
             problem.prompts,
             height=problem.round_trip.shape[2],
@@ -78,6 +78,11 @@ class Naive:
 def draw_start(problem: Problem) -> Tensor:
     """The operator's start: the pseudo-inverse of a linear one, nearest to mid-grey; otherwise see its docstring."""
     return problem.measurement.start()
+
+
+def draw_smooth(problem: Problem) -> Tensor:
+    """The smoothest image that agrees with y up to its noise, see `Measurement.guess`."""
+    return problem.measurement.guess(problem.round_trip.shape[2:], noise=problem.sigma_y)
 
 
 def upsample(problem: Problem) -> Tensor:
@@ -122,20 +127,21 @@ def _pass_tuned(task: str, sigma_y: float) -> dict:
     return {"solver": "red-diff", "red": tuning.tuned(task, sigma_y)}
 
 
-def red_solver(name: str, red: RedDiff) -> Solver:
+def red_solver(name: str, red: RedDiff, pixel_step: bool = True) -> Solver:
     """RED-diff with one setting for every task."""
-    return Solver(name, _pass(solver="red-diff", red=red))
+    return Solver(name, _pass(solver="red-diff", red=red, pixel_step=pixel_step))
 
 
 EXACT = Solver("vml", _pass(jacobian="exact"))  # the pipeline's defaults
 FREE = Solver("vml-free", _pass(jacobian="free"))
-RED = red_solver("red-diff", tuning.AUTHORS)
-RED_TUNED = Solver("red-diff-tuned", _pass_tuned)
+RED = red_solver("red-diff", tuning.AUTHORS, pixel_step=False)  # as published
+RED_TUNED = Solver("red-diff-tuned", _pass_tuned)  # and with our last step in pixels
 START = Naive("start", draw_start)
+SMOOTH = Naive("smooth", draw_smooth, LINEAR)
 BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
 TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
 CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
-METHODS = (EXACT, FREE, RED, RED_TUNED, START, BICUBIC, TELEA, CEILING)
+METHODS = (EXACT, FREE, RED, RED_TUNED, START, SMOOTH, BICUBIC, TELEA, CEILING)
 
 
 def is_installed(method: Solver | Naive) -> bool:

@@ -103,9 +103,9 @@ class Seen:
         self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
         Measurement(self.operator, self.y, 1.0).check(self.canvas)
 
-    def guess(self, y: Tensor) -> Tensor:
-        """(B, 3, height, width) in [0, 1]: a canvas that agrees with y, on y's device."""
-        return Measurement(self.operator, y, 1.0).guess(self.canvas)
+    def guess(self, y: Tensor, noise_std: Tensor) -> Tensor:
+        """(B, 3, height, width) in [0, 1]: a canvas that agrees with y up to its noise (B,), on y's device."""
+        return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std)
 
     def take_back(self, canvas: Tensor) -> Tensor:
         """The measured part of the solver's image."""

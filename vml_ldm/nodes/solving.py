@@ -10,11 +10,20 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, make_sampler, run, sigmas_of, with_masked_image
+from ..adapters.comfyui import (
+    SCHEDULERS,
+    Sampling,
+    check_match,
+    levels_of,
+    make_sampler,
+    run,
+    sigmas_of,
+    with_masked_image,
+)
 from ..damage import Damage
-from ..measuring import Measured, check_std, measure, measure_known, tell
+from ..measuring import Measured, check_std, measure, measure_known, settle, tell
 from ..optimize import JACOBIANS
-from ..presets import PRESETS, STARTS, Settings, settings
+from ..presets import PRESETS, STARTS, Settings, pick_levels, settings
 from ..report import Report
 from ..solve import Metered, Solution, conclude, noise_like, record, vml_levels
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
@@ -35,6 +44,7 @@ class Task:
         sigma_y: as the user named it.
         chosen, preset: the budget's settings, and their name.
         start: one of `STARTS`; None takes the state that ComfyUI gives.
+        pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -44,6 +54,7 @@ class Task:
     chosen: Settings
     preset: str
     start: str | None
+    pixel_step: bool = False
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -66,6 +77,8 @@ class Task:
             trace.append(record(level))
             sampling.tell(level)
         solution = conclude(level.x_next, trace, metered, measured.measurement, started)
+        if self.pixel_step:
+            solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}
         return solution, tell(solution, measured, noise_std, prior.retries, preset=self.preset, **about)
 
@@ -90,11 +103,21 @@ class Networks:
     sigmas: Tensor | None
     gradient_vae: object | None
 
-    def plan(self, chosen: Settings, steps: int) -> tuple[Tensor, Settings]:
-        """The noise of the levels that the budget pays, and the settings with the inner steps at each."""
+    def plan(self, chosen: Settings, steps: int, picks: bool = False) -> tuple[Tensor, Settings]:
+        """The noise of the levels that the budget pays, and the settings with the inner steps at each.
+
+        Args:
+            picks: the levels are picked among those of `steps` (`vml_ldm.presets.pick_levels`).
+        """
         count, inner_steps = chosen.split(steps)
-        sigmas = sigmas_of(self.model, self.scheduler, count) if self.sigmas is None else self.sigmas
-        return sigmas, replace(chosen, inner_steps=inner_steps)
+        chosen = replace(chosen, inner_steps=inner_steps)
+        if self.sigmas is not None:
+            return self.sigmas, chosen
+        if not (picks and inner_steps > 0):
+            return sigmas_of(self.model, self.scheduler, count), chosen
+        sigmas = sigmas_of(self.model, self.scheduler, max(steps, count))
+        levels = levels_of(self.model.get_model_object("model_sampling"), sigmas)
+        return sigmas[[*pick_levels(levels.noise, count), -1]], chosen
 
     def solve(self, task: Task, sigmas: Tensor, seed: int) -> tuple[Solution, Report, dict]:
         """The solution, its report, and LATENT."""
@@ -202,8 +225,8 @@ class VMLRestore(_SolvingNode):
         check_match(model, vae, gradient_vae)
         seen = Seen(image, operator, vae.spacial_compression_decode())
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
-        noise, chosen = networks.plan(settings(preset), steps)
-        task = Task(_posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start)
+        noise, chosen = networks.plan(settings(preset), steps, picks=True)
+        task = Task(_posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True)
         solution, report, latent = networks.solve(task, noise, seed)
         return io.NodeOutput(to_image(seen.take_back(solution.image)), latent, report.text())
 
@@ -263,8 +286,7 @@ def _small():
 def _posed(seen: Seen) -> Callable[[Metered, Tensor, torch.device], Measured]:
     def pose(prior: Metered, noise_std: Tensor, device: torch.device) -> Measured:
         y = seen.y.to(device)
-        guess = seen.guess(y)
-        return measure(seen.operator, y, noise_std, guess, seen.operator(guess), prior)
+        return measure(seen.operator, y, noise_std, seen.guess(y, noise_std), prior)
 
     return pose
 

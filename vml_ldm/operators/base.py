@@ -188,6 +188,11 @@ def conjugate_gradients(
     return x
 
 
+def uncast(x: Tensor) -> torch.autocast:
+    """No autocast of the caller's on x's device: what is measured keeps the precision of its tensors."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def squares(x: Tensor) -> Tensor:
     """(B, ...) -> (B,): each item's sum of squares (of absolute values, for a complex x)."""
     return torch.view_as_real(x).square().flatten(1).sum(1) if x.is_complex() else x.square().flatten(1).sum(1)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NoStartError, column, count_values, expect, squares, start_of
+from .base import NoStartError, column, conjugate_gradients, count_values, expect, squares, start_of, uncast
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
+_SLOPE = 0.1  # rms difference of neighbouring pixels of a picture, about
+_COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
+_LEAST_NOISE = 0.01  # a noiseless y weighs as one with so much noise against the smoothness of a guess
+_SMOOTHING_STEPS = 100
 
 
 class Measurement:
@@ -72,7 +77,8 @@ class Measurement:
         Raises:
             ValueError: ``A(image)`` has another shape than y.
         """
-        seen = self.operator(image)
+        with uncast(image):
+            seen = self.operator(image)
         if seen.shape != self.y.shape:
             raise ValueError(
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
@@ -90,37 +96,76 @@ class Measurement:
         Raises:
             TypeError: the operator has none.
         """
-        return start_of(self.operator, self.y)
+        with uncast(self.y):
+            return start_of(self.operator, self.y)
 
     @torch.no_grad()
-    def guess(self, size: tuple[int, int], *, steps: int = 20) -> Tensor:
+    def guess(self, size: tuple[int, int], *, noise: float | Tensor = 0.0, steps: int = 20) -> Tensor:
         """(B, 3, H, W) in [0, 1]: an image that agrees with y about as well as one can without a prior.
 
-        The operator's `start`; for an operator that has none, least squares from mid-grey: steps down |y - A(x)|^2,
-        each as long as the minimiser of the linearised residual, clamped to [0, 1], and taken by those images that
-        agree better for it; the others try half of it next. (What a mask saw is met in one step.)
+        Of a linear operator with an adjoint, the smooth one: `smooth` with a slope of 0.1, from the operator's `start`,
+        clamped. Of any other, that start; if there is none, least squares from mid-grey: steps down |y - A(x)|^2, each
+        as long as the minimiser of the linearised residual, clamped to [0, 1], and taken by those images that agree
+        better for it; the others try half of it next.
 
         Args:
             size: (height, width) in pixels.
-            steps: how many, each of three calls of the operator and one backward pass through it.
+            noise: standard deviation of the noise in y, a number or (B,); less than 0.01 counts as 0.01.
+            steps: of least squares, each of three calls of the operator and one backward pass through it.
 
         Raises:
             ValueError: the operator's start has another size.
         """
+        grey = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
         try:
             image = self.start()
         except NoStartError:
-            image = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
-            share = torch.ones_like(self.sigma_y)
-            for _ in range(steps):
-                image, better = self._improve(image, share)
-                share = torch.where(better, (2 * share).clamp(max=1), share / 2)
-        expect(image, "the operator's start(y)", (len(self.y), 3, *size), "It is an image of the model's size.")
+            image = self._search(grey, steps)
+        expect(image, "the operator's start(y)", tuple(grey.shape), "It is an image of the model's size.")
+        if is_linear(self.operator):
+            noise = torch.as_tensor(noise, dtype=image.dtype, device=image.device).clamp(min=_LEAST_NOISE)
+            image = self.smooth(image, noise=noise, slope=_SLOPE).clamp(0, 1)
+        return image
+
+    @torch.no_grad()
+    def smooth(self, image: Tensor, *, noise: float | Tensor, slope: float, of: Tensor | None = None) -> Tensor:
+        """The minimiser x of ``|y - A x|^2 / noise^2 + R(x - of) / slope^2``, searched for from an image, not clamped.
+
+        ``R(v) = |grad v|^2 + 10 |grad (v - mean of its channels)|^2`` sums squared differences of neighbouring pixels:
+        a picture's colour is smoother than its lightness. What neither y nor R tells stays as it is in the image.
+
+        Args:
+            image: (B, 3, H, W).
+            noise: > 0, a number or (B,), in units of y.
+            slope: how much neighbouring pixels differ.
+            of: (B, 3, H, W), the picture from which the answer is to differ smoothly; None: a constant one.
+
+        Raises:
+            TypeError: the operator is not linear or has no adjoint.
+        """
+        if not is_linear(self.operator):
+            raise TypeError(f"{self.operator!r} is not linear with an adjoint; expected a LinearOperator or its like.")
+        weight = column(torch.as_tensor(noise / slope, dtype=image.dtype, device=image.device), image) ** 2
+        rough = image if of is None else image - of
+        with uncast(image):
+            return image + conjugate_gradients(
+                lambda v: self.operator.adjoint(self.operator(v)) + weight * _roughness(v),
+                self.operator.adjoint(self.residual(image)) - weight * _roughness(rough),
+                iterations=_SMOOTHING_STEPS,
+                tolerance=1e-3,
+            )
+
+    def _search(self, image: Tensor, steps: int) -> Tensor:
+        """Least squares from an image, see `guess`."""
+        share = torch.ones_like(self.sigma_y)
+        for _ in range(steps):
+            image, better = self._improve(image, share)
+            share = torch.where(better, (2 * share).clamp(max=1), share / 2)
         return image
 
     def _improve(self, image: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """The image after one step of `guess`, a share (B,) of its full length, and which images took it."""
-        with torch.enable_grad():
+        with torch.enable_grad(), uncast(image):
             source = image.detach().requires_grad_()
             residual = self.residual(source)
             (d,) = torch.autograd.grad(residual, source, -residual.detach())  # A'^T (y - A(x))
@@ -140,3 +185,15 @@ class Measurement:
     def rms(self, residual: Tensor) -> Tensor:
         """(B,): root mean square of a residual over the values that were measured, in units of y."""
         return (squares(residual) / self.count().clamp(min=1)).sqrt()
+
+
+def is_linear(operator) -> bool:
+    """Whether it says that it is linear, and has an adjoint."""
+    return getattr(operator, "linear", False) and hasattr(operator, "adjoint")
+
+
+def _roughness(image: Tensor) -> Tensor:
+    """Half the gradient of R of `Measurement.smooth`; the image's edges are free."""
+    x = image + _COLOUR * (image - image.mean(1, keepdim=True))
+    down, right = x.diff(dim=2), x.diff(dim=3)
+    return -F.pad(down, (0, 0, 1, 1)).diff(dim=2) - F.pad(right, (1, 1)).diff(dim=3)

@@ -12,6 +12,7 @@ preserving where c = 1. Stages of second-order and Runge-Kutta methods are no le
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ class SchedulerLevels(Levels):
 
     def last(self, count: int) -> SchedulerLevels:
         """The `count` least noisy levels, 1 <= count <= L."""
-        first = len(self) - count
-        scales = [self.scales(i) for i in range(first, len(self))]
-        return SchedulerLevels(scales, self.timesteps[first:], self.renoise)
+        return self.at(range(len(self) - count, len(self)))
+
+    def at(self, places: Sequence[int]) -> SchedulerLevels:
+        """The levels at these places, rising."""
+        return SchedulerLevels([self.scales(i) for i in places], self.timesteps[list(places)], self.renoise)
 
 
 def check_scheduler(scheduler) -> None:
