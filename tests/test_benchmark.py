@@ -227,6 +227,16 @@ def test_second_run_does_nothing_again_nor_does_one_from_joined_files(
     assert said.count("18 of 18 results stand in") == 2 and said.count("No sheet of") == 2
 
 
+def test_a_table_is_made_of_rows_that_another_version_recorded(finished, pipe, plan: Plan, tmp_path: Path) -> None:
+    text = (finished[0] / "rows.csv").read_text(encoding="utf-8")
+    lines = [line.split(",") for line in text.splitlines()]
+    old = [",".join([*cells[:5], f"old{cells[5]}"[:12], *cells[6:]]) for cells in lines[1:]]
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(lines[0]), *old]) + "\n", encoding="utf-8")
+    assert not any(Benchmark(plan, pipe, rows_in(tmp_path)).groups())
+    table = run(plan, pipe, rows_in(tmp_path), solve=False)
+    assert table.splitlines()[1:] == finished[1].splitlines()[1:] and "as they were recorded" in table.splitlines()[0]
+
+
 def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Plan, tmp_path, monkeypatch) -> None:
     folder, measure, calls = tmp_path / "new", Benchmark.measure, []
 

@@ -96,7 +96,8 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
     interrupted, and ``sheet-TASK.png`` for each task. A part writes ``table-PART.md`` and no sheet.
 
     Args:
-        solve: False only makes table and sheets of the rows that are there.
+        solve: False only makes table and sheets of the rows that are there, also of rows that other versions of the
+            package made: for each place and method the version that was recorded last.
 
     Raises:
         ValueError: the plan asks for an unknown task, for more images than the package holds, or tunes on another
@@ -105,7 +106,7 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
     if plan.tuning and plan.split != "validation":
         raise ValueError(f"tuning came with split {plan.split!r}; expected 'validation': figures come from the other.")
     pipe.set_progress_bar_config(disable=True)
-    benchmark = Benchmark(plan, pipe, rows)
+    benchmark = Benchmark(plan, pipe, rows, solve)
     rows.start()
     try:
         if solve:
@@ -120,10 +121,16 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
 
 
 class Benchmark(comparison.Comparison):
-    """One plan on one pipeline: measures what the row file lacks, then tabulates and draws what there is."""
+    """One plan on one pipeline: measures what the row file lacks, then tabulates and draws what there is.
 
-    def __init__(self, plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow]) -> None:
+    Args:
+        solve: False takes the rows as they were recorded, by whichever version of the package.
+    """
+
+    def __init__(self, plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve: bool = True) -> None:
         super().__init__(plan, pipe, rows)
+        made = [] if solve else rows.by_key.values()
+        self._recorded = {(row.task, row.sigma_y, row.method): row.fingerprint for row in made}
         first, count = plan.part
         self.cases = self.cases[first - 1 :: count]
         self._seen: tuple[tuple[str, ...], Tensor | None] = ((), None)
@@ -136,6 +143,9 @@ class Benchmark(comparison.Comparison):
 
     def methods_at(self, place: Place) -> list[Solver | Naive]:
         return [method for method in self.plan.methods if place.task in method.tasks]
+
+    def fingerprint(self, method: Solver | Naive, place: Place) -> str:
+        return self._recorded.get((*place, method.name)) or super().fingerprint(method, place)
 
     def key(self, method: Solver | Naive, place: Place, case: Case) -> tuple:
         return case.name, *place, method.name, case.seed, self.fingerprint(method, place)
@@ -197,11 +207,12 @@ class Benchmark(comparison.Comparison):
         plan, groups = self.plan, self.groups()
         if not groups:
             return "No image has been answered by every method yet."
-        head = (
-            f"{len(self.cases)} {plan.split.replace('_', '-')} images at {self.size} x {self.size} pixels, "
+        images = f"{len(self.cases)} {plan.split.replace('_', '-')} images at {self.size} x {self.size} pixels"
+        made = (
             f"{plan.steps or 50} steps, seeds from {plan.seed}, batches of up to {plan.batch}, {self.pipe.device.type} "
-            f"in {str(self.pipe.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads."
+            f"in {str(self.pipe.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
         )
+        head = f"{images}, rows as they were recorded." if self._recorded else f"{images}, {made}."
         end = best_settings(groups) if plan.tuning else verdicts(groups)
         return "\n\n".join([head, benchmark_table(groups), end])
 
