@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
 from vml_ldm.measuring import Measured, check_std, measure, settle, tell
-from vml_ldm.objective import own
+from vml_ldm.objective import Prior, own
 from vml_ldm.operators import Measurement
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
-from vml_ldm.solve import Level, Levels, Metered, conclude
+from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "red-diff")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -50,11 +50,14 @@ class RestoringMixin:
         with prior:
             metered = Metered(prior)
             measured = measure(a.operator, observed.y, noise_std, guess, metered)
-            solving = self._begin(a, measured, levels, chosen, metered)
-            latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
-            solution = conclude(latent, trace, metered, measured.measurement, started)
+            if callable(a.solver):
+                solution = _run(a, self._start(a, levels, measured.latent), prior, measured.measurement, levels)
+            else:
+                solving = self._begin(a, measured, levels, chosen, metered)
+                latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
+                solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
-        about |= {"levels": self.num_timesteps, "solver": a.solver}
+        about |= {"levels": self.num_timesteps, "solver": _name(a.solver)}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report
@@ -114,21 +117,38 @@ class RestoringMixin:
         return alpha * z + sigma * start_noise(a, z)
 
 
+def _run(a: SimpleNamespace, x_T: Tensor, prior: Prior, measurement: Measurement, levels: Levels) -> Solution:
+    """What the caller's own solver finds."""
+    solution = a.solver(x_T, prior=prior, measurement=measurement, schedule=levels, generator=a.generator)
+    if not isinstance(solution, Solution):
+        raise TypeError(f"`solver` returned {type(solution).__name__}; expected a vml_ldm.Solution, see `conclude`.")
+    return solution
+
+
+def _name(solver: str | Callable) -> str:
+    return solver if isinstance(solver, str) else getattr(solver, "__name__", repr(solver))
+
+
 def _choose(a: SimpleNamespace) -> Settings:
     """The settings of a call; its choices are checked, and those left open are made."""
-    check_one_of("solver", a.solver, SOLVERS)
+    if not callable(a.solver):
+        check_one_of("solver", a.solver, SOLVERS)
     check_one_of("output_type", a.output_type, OUTPUT_TYPES)
-    a.start = a.start or ("noise" if a.solver == "vml" else "measurement")
+    a.start = a.start or ("measurement" if a.solver == "red-diff" else "noise")
     check_one_of("start", a.start, STARTS)
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
     given = {name: getattr(a, name) for name in EXPLICIT}
+    if a.red is not None and a.solver != "red-diff":
+        raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
     if a.solver == "vml":
-        if a.red is not None:
-            raise ValueError("`red` came with solver='vml'; expected solver='red-diff', or no `red`.")
         return settings(a.preset, **given)
+    renoise = given.pop("renoise") if callable(a.solver) else None
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} is {value!r} with solver='red-diff', which has none; its settings are in `red`.")
+            where = "its settings are in `red`" if a.solver == "red-diff" else "bind its settings to the function"
+            raise ValueError(f"{name} is {value!r} with solver={_name(a.solver)!r}, which has none; {where}.")
+    if callable(a.solver):
+        return settings(a.preset, inner_steps=0, jacobian="free", renoise=renoise)  # a level for each evaluation
     if a.latents is not None and a.start == "measurement":
         raise ValueError(
             "`latents` came with start='measurement' and solver='red-diff', which does not noise it; "

@@ -12,6 +12,7 @@ from torch import Tensor
 from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
 from vml_ldm.red import RedDiff
+from vml_ldm.solve import Solution
 
 
 class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
@@ -49,7 +50,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         y,
         operator: Callable[[Tensor], Tensor],
         sigma_y: float | list[float] | Tensor | None = None,
-        solver: str = "vml",
+        solver: str | Callable[..., Solution] = "vml",
         start: str | None = None,
         preset: str = "balanced",
         jacobian: str | None = None,
@@ -84,7 +85,10 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 any callable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; a number or one for each image. None is
                 0. VML adds the VAE's own error as the operator sees it, see `report.vae_error`.
-            solver: "vml", or "red-diff" (`vml_ldm.red_diff`).
+            solver: "vml", "red-diff" (`vml_ldm.red_diff`), or a function of your own, called as
+                ``solver(x_T, prior=..., measurement=..., schedule=..., generator=...)`` with the start (B, c, h, w), a
+                `Prior`, a `Measurement` of the decoded image and a `Schedule` of `num_inference_steps` levels; it
+                returns a `vml_ldm.Solution` (`vml_ldm.solve.conclude` makes one). Callbacks and progress are its own.
             start: "noise", or "measurement": an image that agrees with y (`Measurement.guess`: the operator's own
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level. None: "noise"
                 for VML, "measurement" for RED-diff.

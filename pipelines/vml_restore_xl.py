@@ -14,6 +14,7 @@ from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
 from vml_ldm.red import RedDiff
+from vml_ldm.solve import Solution
 
 
 class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
@@ -61,7 +62,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         y,
         operator: Callable[[Tensor], Tensor],
         sigma_y: float | list[float] | Tensor | None = None,
-        solver: str = "vml",
+        solver: str | Callable[..., Solution] = "vml",
         start: str | None = None,
         preset: str = "balanced",
         jacobian: str | None = None,

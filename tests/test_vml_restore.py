@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from vml_ldm import RedDiff, VMLRestorePipeline, red_diff, vml_map
 from vml_ldm.adapters.diffusers import StableDiffusionPrior, scheduler_levels
+from vml_ldm.evaluation.peers import PEERS, Peer
 from vml_ldm.images import from_pil, to_pil
 from vml_ldm.operators import (
     HDR,
@@ -211,6 +212,28 @@ def test_the_levels_are_the_scheduler_s_own_and_end_above_the_least_noise():
         noise = scheduler_levels(scheduler, scheduler.timesteps).noise
         chosen = [noise[i] for i in pick_levels(noise, 5)]
         assert len(chosen) == 5 and chosen[-1] == min(value for value in noise if value >= LEAST_NOISE)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_function_is_a_solver(pipe, name):
+    """The solvers of other papers run on the pipeline's prior, levels and start, two images in one call as alone."""
+    operator, together = Downsample(4), {"prompt": "a hat", "output_type": "pt", "solver": Peer(name)}
+    y = operator(pictures(2))
+    calls = [call(pipe, operator, y=y[i : i + 1], generator=seeds(i), inner_steps=None, **together) for i in (0, 1)]
+    out = call(pipe, operator, y=y, generator=seeds(0, 1), inner_steps=None, return_report=True, **together)
+    for i in (0, 1):
+        torch.testing.assert_close(out.images[i], calls[i].images[0], atol=1e-4, rtol=0)
+    assert out.report.solver == name and out.report.calls["denoise"] == out.report.levels == 4
+    assert f"{name}, 4 levels, steps of its own" in out.report.text()
+
+
+def test_what_a_function_is_not_told_or_does_not_return_is_refused(pipe):
+    with pytest.raises(ValueError, match="inner_steps is 1 with solver='psld', which has none; bind its settings"):
+        call(pipe, solver=Peer("psld"))
+    with pytest.raises(ValueError, match="`red` came with solver='psld'"):
+        call(pipe, solver=Peer("psld"), inner_steps=None, red=RedDiff())
+    with pytest.raises(TypeError, match=r"`solver` returned Tensor; expected a vml_ldm\.Solution"):
+        call(pipe, solver=lambda x_T, **given: x_T, inner_steps=None)
 
 
 def test_operators_keep_their_precision_under_the_caller_s_autocast():

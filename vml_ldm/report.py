@@ -19,7 +19,8 @@ class Report:
         residual: rms of y - A(image), before any paste.
         levels, inner_steps: noise levels, and inner steps at each of them at the most.
         jacobian, preset: which form, which preset.
-        solver: "vml" or "red-diff", which takes one step at each level and never the denoiser's Jacobian.
+        solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
+            the caller's own.
         trace: a dict for each level: alpha, sigma, residual, nll, steps.
         retries: network passes repeated in float32 after non-finite values, by network.
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
@@ -93,6 +94,8 @@ class Report:
     def _steps(self) -> str:
         if self.solver == "red-diff":
             return "one step each"
+        if self.solver != "vml":
+            return "steps of its own"
         return f"up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}"
 
 
