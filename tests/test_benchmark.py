@@ -134,28 +134,47 @@ def test_what_is_called_vml_is_the_pipeline_s_default() -> None:
     assert len({method.name for method in METHODS}) == len(METHODS)
 
 
-# RED-diff's settings
+# settings of the others
+
+
+QUIET, LOUD = ((("lambda_", 0.25), ("lr", 0.2)), (("lambda_", 1.0), ("lr", 0.5)))
 
 
 def test_tuned_settings_are_those_of_the_nearest_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet, loud = RedDiff(lr=0.2), RedDiff(lr=0.5)
-    monkeypatch.setattr(tuning, "TUNED", {("sr4", 0.0): quiet, ("sr4", 0.05): loud})
-    assert [tuning.tuned("sr4", sigma_y) for sigma_y in (0.0, 0.02, 0.04, 1.0)] == [quiet, quiet, loud, loud]
-    assert tuning.tuned("sr8", 0.0) == RedDiff()
+    monkeypatch.setattr(tuning, "TUNED", {("red-diff", "sr4", 0.0): QUIET, ("red-diff", "sr4", 0.05): LOUD})
+    found = [tuning.tuned("red-diff", "sr4", sigma_y) for sigma_y in (0.0, 0.02, 0.04, 1.0)]
+    assert found == [QUIET, QUIET, LOUD, LOUD]
+    assert tuning.tuned("red-diff", "sr8", 0.0) == tuning.points("red-diff")[0]
+    assert RED_TUNED.settings(("sr4", 0.05))["red"] == RedDiff(lambda_=1.0, lr=0.5)
 
 
-def test_the_grid_begins_with_the_authors_and_repeats_nothing() -> None:
-    assert tuning.GRID[0] == RedDiff() and len(tuning.GRID) == len(tuning.LAMBDAS) * len(tuning.LRS)
-    assert len({method.name for method in methods.grid()}) == len(tuning.GRID)
+def test_red_diff_s_grid_begins_with_the_authors() -> None:
+    assert RedDiff(**dict(tuning.points("red-diff")[0])) == RedDiff()
+
+
+@pytest.mark.parametrize("method", tuning.GRIDS)
+def test_a_grid_repeats_nothing_and_its_points_are_passed_on(method: str) -> None:
+    found = [solver for solver in methods.grid(method) if methods.is_installed(solver)]
+    assert len({solver.name for solver in found}) == len(found)
+    passed = [solver.settings(("sr4", 0.0)) for solver in found]
+    assert len({str(settings) for settings in passed}) == len(found)
+    assert all(str(value) in str(s) for s, p in zip(passed, tuning.points(method), strict=False) for _, value in p)
 
 
 def test_the_best_settings_are_told_as_python() -> None:
-    red = RedDiff(lambda_=1.0, lr=0.5)
-    rows = {tuning.name_of(RedDiff()): [row(psnr=20.0)], tuning.name_of(red): [row(psnr=22.0)]}
-    (_, line) = tuning.best_settings([Group(("sr4", "0.05", "1"), rows)]).splitlines()
-    assert line.startswith('    ("sr4", 0.05): RedDiff(lambda_=1.0, lr=0.5),  # 22.00 dB, authors\' 20.00 dB')
-    assert line.endswith("at the grid's edge")
-    assert eval(f"{{{line}\n}}", {"RedDiff": RedDiff}) == {("sr4", 0.05): red}
+    first = tuning.points("red-diff")[0]
+    rows = {tuning.name_of(first): [row(psnr=20.0)], tuning.name_of(LOUD): [row(psnr=22.0)]}
+    (_, line) = tuning.best_settings("red-diff", [Group(("sr4", "0.05", "1"), rows)]).splitlines()
+    assert line.endswith("# 22.00 dB, first 20.00 dB; at the grid's edge")
+    assert eval(f"{{{line}\n}}") == {("red-diff", "sr4", 0.05): LOUD}
+
+
+def test_solvers_of_other_papers_are_measured_one_image_at_a_time_where_they_must(pipe, plan: Plan, tmp_path) -> None:
+    tried = [m for m in methods.PEERS if m.name in ("latent-dps", "latino", "azula-dps") and methods.is_installed(m)]
+    some = dataclasses.replace(plan, methods=(START, *tried), tasks=("sr4",), batch=2)
+    rows = rows_in(tmp_path)
+    run(some, pipe, rows)
+    assert len(rows.by_key) == 2 * (1 + len(tried))
 
 
 # a run
@@ -278,7 +297,7 @@ def test_only_what_changes_a_row_changes_its_fingerprint(pipe, plan: Plan, tmp_p
     assert len(set(before)) == 4
     assert names(images=1, batch=3, noises=(0.0,)) == before
     assert not set(names(steps=5)) & set(before) and not set(names(guidance=2.0)) & set(before)
-    monkeypatch.setattr(tuning, "TUNED", {("sr4", 0.05): RedDiff(lr=0.5)})
+    monkeypatch.setattr(tuning, "TUNED", {("red-diff", "sr4", 0.05): LOUD})
     assert names()[:3] == before[:3] and names()[3] != before[3]
     monkeypatch.undo()
     half = VMLRestorePipeline(**pipe.components, requires_safety_checker=False)
@@ -296,7 +315,7 @@ def test_no_method_sees_the_truth_in_a_hole(pipe, plan: Plan) -> None:
 
 def test_tuning_is_on_validation_images_only(pipe, plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tuning came with split 'held_out'"):
-        run(dataclasses.replace(plan, tuning=True), pipe, rows_in(tmp_path / "new"))
+        run(dataclasses.replace(plan, tuning="red-diff"), pipe, rows_in(tmp_path / "new"))
 
 
 # rows and table

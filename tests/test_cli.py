@@ -170,6 +170,7 @@ def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path, capsys) -> None
         (["--methods", "dps"], "no method is called 'dps'; expected some of vml,vml-free"),
         (["--images", "5000"], "5000 images came with --images; expected at most"),
         (["--tune", "--split", "held-out"], "it tries a grid, on validation images only"),
+        (["--tune", "dps"], "--tune came with 'dps'; expected one of red-diff"),
         (["--tune", "--methods", "vml"], "it tries a grid, on validation images only"),
         (["--model", "none"], "none is no folder"),
     ],
@@ -206,7 +207,7 @@ def test_benchmark_s_search_is_on_validation_images(model, tmp_path: Path, capsy
     arguments = ["--tune", "--tasks", "hdr", "--noise", "0", "--images", "1", "--model", model, "--steps", "2"]
     assert main(["benchmark", *arguments, "-o", str(tmp_path / "tuning")]) == 0
     printed = capsys.readouterr().out
-    assert "1 validation images" in printed and '("hdr", 0.0): RedDiff(lambda_=' in printed
+    assert "1 validation images" in printed and """("red-diff", "hdr", 0.0): (('lambda_',""" in printed
 
 
 def test_interrupt_has_its_own_status(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -148,17 +148,25 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         "measurements: rows, a table and sheets of pictures. A run that was interrupted goes on where it was."
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="default: vml-ldm-benchmark, with --tune vml-ldm-tuning"
+        "-o", "--output", metavar="DIR", type=Path, help="default: vml-ldm-benchmark, with --tune vml-ldm-tuning-METHOD"
     )
     parser.add_argument("--short", action="store_true", help="2 images, 3 tasks, one noise: minutes on a CPU")
     parser.add_argument("--images", type=_positive, metavar="N", help="default: 24, with --tune 4")
     parser.add_argument("--tasks", metavar="NAMES", help="comma-separated; default: all eleven")
     parser.add_argument("--noise", type=benchmark.noises, metavar="STDS", help="default: 0,0.01,0.05")
     parser.add_argument(
-        "--methods", metavar="NAMES", help="comma-separated, others are compared to the first; default: all"
+        "--methods",
+        metavar="NAMES",
+        help="comma-separated, others are compared to the first; default: all but the solvers of other papers",
     )
     parser.add_argument("--split", choices=("held-out", "validation"), help="default: held-out, with --tune validation")
-    parser.add_argument("--tune", action="store_true", help="look for RED-diff's best lambda and lr for each task")
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const="red-diff",
+        metavar="METHOD",
+        help="look for its best settings for each task, on a grid",
+    )
     parser.add_argument(
         "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .files import UsageError, check_count, load, named, open_checkpoint, open_rows, peak_memory, quiet
 
+_INSTALLING = {"cv2": 'pip install "vml-ldm[eval]"', "azula": "pip install --no-deps azula einops"}
+
 
 def run(options: argparse.Namespace) -> int:
     """Run the comparison, or the search for RED-diff's settings, and print the table."""
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         batch=options.batch,
         part=options.part,
-        tuning=options.tune,
+        tuning=options.tune or "",
         **chosen,
     )
     try:
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    return options.output or Path("vml-ldm-tuning" if options.tune else "vml-ldm-benchmark")
+    return options.output or Path(f"vml-ldm-tuning-{options.tune}" if options.tune else "vml-ldm-benchmark")
 
 
 def _bfloat16():
@@ -52,11 +54,13 @@ def _bfloat16():
 
 def _chosen(options: argparse.Namespace) -> dict:
     """Images, split, tasks, noises and methods, checked; what was not asked for is left to the plan."""
-    from vml_ldm.evaluation import benchmark, methods
+    from vml_ldm.evaluation import benchmark, methods, tuning
     from vml_ldm.evaluation.problems import TASKS
 
     if options.tune and (options.methods or options.split == "held-out"):
         raise UsageError("--tune came with --methods or --split held-out; it tries a grid, on validation images only.")
+    if options.tune and options.tune not in tuning.GRIDS:
+        raise UsageError(f"--tune came with {options.tune!r}; expected one of {', '.join(tuning.GRIDS)}.")
     split = (options.split or ("validation" if options.tune else "held-out")).replace("-", "_")
     chosen = {"images": 4} if options.tune else {}
     chosen |= benchmark.SHORT if options.short else {}
@@ -64,12 +68,16 @@ def _chosen(options: argparse.Namespace) -> dict:
     chosen |= {name: value for name, value in asked.items() if value is not None}
     check_count(chosen.get("images", 0), split)
     if options.tune:
-        return {**chosen, "split": split, "methods": methods.grid()}
-    known = {method.name: method for method in methods.METHODS}
-    wanted = [known[name] for name in named(options.methods, tuple(known), "method") or known]
+        return {**chosen, "split": split, "methods": methods.grid(options.tune)}
+    known = {method.name: method for method in (*methods.METHODS, *methods.PEERS)}
+    wanted = [known[name] for name in named(options.methods, tuple(known), "method") or _names(methods.METHODS)]
     for method in (method for method in wanted if not methods.is_installed(method)):
-        print(f'{method.name} is left out, {method.module} is not installed: pip install "vml-ldm[eval]" adds it.')
+        print(f"{method.name} is left out, {method.module} is not installed; {_INSTALLING[method.module]} adds it.")
     return {**chosen, "split": split, "methods": tuple(filter(methods.is_installed, wanted))}
+
+
+def _names(methods) -> list[str]:
+    return [method.name for method in methods]
 
 
 def part(text: str) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class Plan(comparison.Plan):
 
     Attributes:
         part: (i, n), the i-th of n parts of the images, i from 1.
-        tuning: the methods are RED-diff's grid, of which the best is told.
+        tuning: the methods are the grid of this one, of which the best is told.
     """
 
     images: int = 24
@@ -85,7 +85,7 @@ class Plan(comparison.Plan):
     tasks: tuple[str, ...] = TASKS
     noises: tuple[float, ...] = NOISES
     part: tuple[int, int] = (1, 1)
-    tuning: bool = False
+    tuning: str = ""
 
 
 def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve: bool = True) -> str:
@@ -157,6 +157,8 @@ class Benchmark(comparison.Comparison):
 
     def measure(self, method: Solver | Naive, place: Place, cases: Sequence[Case]) -> list[BenchmarkRow]:
         """Run one method on one batch; save the images and return the rows."""
+        if len(cases) > 1 and getattr(method, "alone", False):
+            return [row for case in cases for row in self.measure(method, place, [case])]
         problem, truth = self._pose(place, cases), stack_truth(cases)
         answer, seconds = timed(lambda: self._answer(method, problem), len(cases))
         image = turn_if_nearer(answer.image, truth) if place.task == "phase" else answer.image
@@ -213,7 +215,7 @@ class Benchmark(comparison.Comparison):
             f"in {str(self.pipe.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
         )
         head = f"{images}, rows as they were recorded." if self._recorded else f"{images}, {made}."
-        end = best_settings(groups) if plan.tuning else verdicts(groups)
+        end = best_settings(plan.tuning, groups) if plan.tuning else verdicts(groups)
         return "\n\n".join([head, benchmark_table(groups), end])
 
     def draw_sheets(self) -> None:

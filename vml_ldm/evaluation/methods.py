@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vml_ldm.evaluation import tuning
+from vml_ldm.evaluation import peers, tuning
 from vml_ldm.evaluation.problems import LINEAR, TASKS, Problem
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Downsample, Mask
 from vml_ldm.red import RedDiff
 
 _TELEA_RADIUS = 3  # pixels
+_AZULA = "azula-"  # methods of azula's, by its names
 
 
 class Answer(NamedTuple):
@@ -29,11 +30,18 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver of `VMLRestorePipeline`, by what it is passed for a task and a sigma_y."""
+    """A solver of `VMLRestorePipeline`, by what it is passed for a task and a sigma_y.
+
+    Attributes:
+        alone: it takes one image at a time.
+        module: what it needs installed.
+    """
 
     name: str
     arguments: Callable[[str, float], dict]
     tasks: tuple[str, ...] = field(default=TASKS, repr=False)
+    alone: bool = field(default=False, repr=False)
+    module: str | None = None
 
     def settings(self, place: tuple[str, float]) -> dict:
         """What a row depends on."""
@@ -123,33 +131,48 @@ def _pass(**arguments) -> Callable[[str, float], dict]:
     return lambda task, sigma_y: arguments
 
 
-def _pass_tuned(task: str, sigma_y: float) -> dict:
-    return {"solver": "red-diff", "red": tuning.tuned(task, sigma_y)}
+def _pass_point(method: str, point: tuning.Point) -> dict:
+    """What the pipeline is passed for a method of `tuning.GRIDS` with these settings."""
+    if method == "red-diff":
+        return {"solver": "red-diff", "red": RedDiff(**dict(point))}
+    if not method.startswith(_AZULA):
+        return {"solver": peers.Peer(method.replace("-", "_"), point)}
+    from vml_ldm.evaluation.azula_peers import AzulaPeer
+
+    return {"solver": AzulaPeer(method.removeprefix(_AZULA), point)}
 
 
-def red_solver(name: str, red: RedDiff, pixel_step: bool = True) -> Solver:
-    """RED-diff with one setting for every task."""
-    return Solver(name, _pass(solver="red-diff", red=red, pixel_step=pixel_step))
+def _solver(name: str, method: str, settings: Callable[[str, float], tuning.Point]) -> Solver:
+    """A method of `tuning.GRIDS`, by a name of its own, with the settings for a task and a noise."""
+    azula = method.startswith(_AZULA)
+    tasks = LINEAR if method in ("psld", "latino", "azula-pigdm") else TASKS
+    arguments = lambda task, sigma_y: _pass_point(method, settings(task, sigma_y))  # noqa: E731
+    return Solver(name, arguments, tasks, alone=azula, module="azula" if azula else None)
+
+
+def tuned_solver(method: str, name: str | None = None) -> Solver:
+    """A method of `tuning.GRIDS` with the best settings known for each task."""
+    return _solver(name or method, method, lambda task, sigma_y: tuning.tuned(method, task, sigma_y))
+
+
+def grid(method: str) -> tuple[Solver, ...]:
+    """A method at every point of its grid, the first point first."""
+    return tuple(_solver(tuning.name_of(p), method, lambda task, sigma_y, p=p: p) for p in tuning.points(method))
 
 
 EXACT = Solver("vml", _pass(jacobian="exact"))  # the pipeline's defaults
 FREE = Solver("vml-free", _pass(jacobian="free"))
-RED = red_solver("red-diff", tuning.AUTHORS, pixel_step=False)  # as published
-RED_TUNED = Solver("red-diff-tuned", _pass_tuned)  # and with our last step in pixels
+RED = Solver("red-diff", _pass(solver="red-diff", red=RedDiff(), pixel_step=False))  # as published
+RED_TUNED = tuned_solver("red-diff", "red-diff-tuned")  # and with our last step in pixels
 START = Naive("start", draw_start)
 SMOOTH = Naive("smooth", draw_smooth, LINEAR)
 BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
 TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
 CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
 METHODS = (EXACT, FREE, RED, RED_TUNED, START, SMOOTH, BICUBIC, TELEA, CEILING)
+PEERS = tuple(tuned_solver(method) for method in tuning.GRIDS if method != "red-diff")
 
 
 def is_installed(method: Solver | Naive) -> bool:
     """Whether the method has what it needs."""
-    module = getattr(method, "module", None)
-    return module is None or find_spec(module) is not None
-
-
-def grid() -> tuple[Solver, ...]:
-    """RED-diff at every point of the tuning grid, the authors' first."""
-    return tuple(red_solver(tuning.name_of(red), red) for red in tuning.GRID)
+    return method.module is None or find_spec(method.module) is not None

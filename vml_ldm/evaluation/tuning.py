@@ -1,7 +1,8 @@
-"""RED-diff's settings for each task and noise, and the grid that they are looked for on (validation images only).
+"""Settings of the methods that ours is compared to, for each task and noise, and the grids they are looked for on.
 
-``vml-ldm benchmark --tune`` tries every pair of the grid; what it finds best by mean PSNR belongs into `TUNED`. A
-setting's fingerprint does not depend on this file: rows stay what they were when an entry is added.
+``vml-ldm benchmark --tune METHOD`` tries every point of a method's grid on validation images; what it finds best by
+mean PSNR belongs into `TUNED`. A setting's fingerprint does not depend on this file: rows stay what they were when an
+entry is added.
 """
 
 from __future__ import annotations
@@ -10,50 +11,73 @@ from collections.abc import Sequence
 from itertools import product
 
 from vml_ldm.evaluation.table import Group, has_perceptual, mean
-from vml_ldm.red import RedDiff
 
-LAMBDAS = (0.0625, 0.25, 1.0, 4.0)
-LRS = (0.05, 0.1, 0.2, 0.5)
-AUTHORS = RedDiff()
-# the authors' first, which others are compared to
-GRID = (AUTHORS, *(r for r in (RedDiff(lambda_=a, lr=b) for a, b in product(LAMBDAS, LRS)) if r != AUTHORS))
+Point = tuple[tuple[str, float], ...]  # (name, value) of a method's settings
 
-# (task, sigma_y) -> the best of the grid; what is not listed has the authors' settings
-TUNED: dict[tuple[str, float], RedDiff] = {}
+# method -> settings -> values to try; the first of each are the authors', or ours where theirs do not carry over
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "red-diff": {"lambda_": (0.25, 0.0625, 1.0, 4.0), "lr": (0.1, 0.05, 0.2, 0.5)},
+    "latent-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
+    "psld": {"omega": (1.0, 0.3, 3.0, 10.0), "gamma": (0.1, 0.01, 1.0)},
+    "resample": {"every": (5, 2, 10), "lr": (0.05, 0.02, 0.1), "gamma": (40.0, 4.0)},
+    "flow-dps": {"length": (1.0, 0.3, 3.0, 10.0), "steps": (3, 1)},
+    "latent-daps": {"lr": (0.1, 0.03, 0.3), "steps": (10, 5)},
+    "latino": {"delta": (0.1, 0.01, 0.03, 0.3, 1.0)},
+    "azula-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
+    "azula-pigdm": {"eta": (1.0, 0.0)},
+    "azula-mmps": {"iterations": (1, 3, 5), "eta": (1.0, 0.0)},
+    "azula-tmpd": {"eta": (1.0, 0.0)},
+    "azula-diffpir": {"lmbda": (10.0, 0.1, 1.0), "iterations": (1, 3), "eta": (1.0, 0.0)},
+}
+
+# (method, task, sigma_y) -> the best of the grid; what is not listed has the grid's first point
+TUNED: dict[tuple[str, str, float], Point] = {}
 
 
-def tuned(task: str, sigma_y: float) -> RedDiff:
-    """The settings found for a task at the noise nearest to sigma_y; the authors' if none were looked for."""
-    noises = [noise for name, noise in TUNED if name == task]
-    return TUNED[task, min(noises, key=lambda noise: abs(noise - sigma_y))] if noises else AUTHORS
+def points(method: str) -> list[Point]:
+    """A method's grid, its first point first."""
+    axes = GRIDS[method]
+    return [tuple(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
-def name_of(red: RedDiff) -> str:
+def tuned(method: str, task: str, sigma_y: float) -> Point:
+    """The settings found for a task at the noise nearest to sigma_y; the grid's first if none were looked for."""
+    noises = [noise for name, place, noise in TUNED if (name, place) == (method, task)]
+    if not noises:
+        return points(method)[0]
+    return TUNED[method, task, min(noises, key=lambda noise: abs(noise - sigma_y))]
+
+
+def name_of(point: Point) -> str:
     """A grid point's name in rows and tables."""
-    return f"lambda {red.lambda_:g} lr {red.lr:g}"
+    return " ".join(f"{name.rstrip('_')} {value:g}" for name, value in point)
 
 
-def best_settings(groups: Sequence[Group]) -> str:
-    """The best of the grid by mean PSNR for each task and noise, as Python's lines of `TUNED`, with what it gains.
+def best_settings(method: str, groups: Sequence[Group]) -> str:
+    """The best of a grid by mean PSNR for each task and noise, as Python's lines of `TUNED`, with what it gains.
 
     Args:
         groups: labels (task, sigma_y), rows by `name_of`.
     """
-    return "\n".join(["Best by mean PSNR, as entries of TUNED (vml_ldm/evaluation/tuning.py):", *map(_entry, groups)])
+    head = "Best by mean PSNR, as entries of TUNED (vml_ldm/evaluation/tuning.py):"
+    return "\n".join([head, *(_entry(method, group) for group in groups)])
 
 
-def _entry(group: Group) -> str:
+def _entry(method: str, group: Group) -> str:
     task, sigma_y = group.labels[:2]
-    points = {name_of(red): red for red in GRID}
-    names = [name for name in group.rows if name in points]
+    grid = {name_of(point): point for point in points(method)}
+    first, names = next(iter(grid)), [name for name in group.rows if name in grid]
     best = max(names, key=lambda name: mean(group.rows[name], "psnr"))
-    red, rows = points[best], group.rows[best]
-    figures = f"{mean(rows, 'psnr'):.2f} dB"
-    if (authors := name_of(AUTHORS)) in group.rows:
-        figures += f", authors' {mean(group.rows[authors], 'psnr'):.2f} dB"
+    figures = f"{mean(group.rows[best], 'psnr'):.2f} dB"
+    if first in group.rows:
+        figures += f", first {mean(group.rows[first], 'psnr'):.2f} dB"
     if has_perceptual([group]):
         nearest = min(names, key=lambda name: mean(group.rows[name], "perceptual"))
         figures += f"; by distance: {nearest}"
-    edge = red.lambda_ in (LAMBDAS[0], LAMBDAS[-1]) or red.lr in (LRS[0], LRS[-1])
-    note = "; at the grid's edge" if edge else ""
-    return f'    ("{task}", {float(sigma_y)}): RedDiff(lambda_={red.lambda_}, lr={red.lr}),  # {figures}{note}'
+    note = "; at the grid's edge" if _at_edge(method, grid[best]) else ""
+    return f'    ("{method}", "{task}", {float(sigma_y)}): {grid[best]!r},  # {figures}{note}'
+
+
+def _at_edge(method: str, point: Point) -> bool:
+    """Whether a value is the least or the most of more than two that were tried."""
+    return any(len(GRIDS[method][n]) > 2 and v in (min(GRIDS[method][n]), max(GRIDS[method][n])) for n, v in point)
