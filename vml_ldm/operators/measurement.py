@@ -132,8 +132,8 @@ class Measurement:
         """The minimiser x of ``|y - A x|^2 / noise^2 + R(x - of) / slope^2``, searched for from an image, not clamped.
 
         ``R(v) = |grad v|^2 + 10 |grad (v - mean of its channels)|^2`` sums squared differences of neighbouring pixels:
-        a picture's colour is smoother than its lightness. At most 100 conjugate gradients; what neither y nor R tells, or
-        what they do not reach (far inside a large hole), stays as it is in the image.
+        a picture's colour is smoother than its lightness. At most 100 conjugate gradients; what neither y nor R tells,
+        or what they do not reach (far inside a large hole), stays as it is in the image.
 
         Args:
             image: (B, 3, H, W).
