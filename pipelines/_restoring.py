@@ -87,8 +87,8 @@ class RestoringMixin:
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
         count, inner_steps = chosen.split(steps)
-        own = a.timesteps is not None or a.sigmas is not None
-        picks = a.solver == "vml" and inner_steps > 0 and not own
+        explicit = a.timesteps is not None or a.sigmas is not None
+        picks = a.solver == "vml" and inner_steps > 0 and not explicit
         levels = self._plan(a, max(steps, count) if picks else count, chosen.renoise)
         if picks:
             levels = levels.at(pick_levels(levels.noise, count))

@@ -12,7 +12,7 @@ _INSTALLING = {"cv2": 'pip install "vml-ldm[eval]"', "azula": "pip install --no-
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the comparison, or the search for RED-diff's settings, and print the table."""
+    """Run the comparison, or the search for a method's settings, and print the table."""
     quiet()
     from vml_ldm.evaluation import benchmark
 

@@ -145,7 +145,7 @@ def _pass_point(method: str, point: tuning.Point) -> dict:
 def _solver(name: str, method: str, settings: Callable[[str, float], tuning.Point]) -> Solver:
     """A method of `tuning.GRIDS`, by a name of its own, with the settings for a task and a noise."""
     azula = method.startswith(_AZULA)
-    tasks = LINEAR if method in ("psld", "latino", "azula-pigdm") else TASKS
+    tasks = LINEAR if method in (*peers.ONLY_LINEAR, "azula-pigdm") else TASKS
     arguments = lambda task, sigma_y: _pass_point(method, settings(task, sigma_y))  # noqa: E731
     return Solver(name, arguments, tasks, alone=azula, module="azula" if azula else None)
 

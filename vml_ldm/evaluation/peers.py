@@ -199,8 +199,7 @@ def latent_daps(
         for _ in range(steps):
             data = data_term(z, prior=prior, measurement=measurement)
             z = z - eta * (data.gradient + (z - z0_hat) / variance) + (2 * eta).sqrt() * noise_like(z, generator)
-        alpha_next, sigma_next = schedule.scales(i + 1)
-        return alpha_next * z + (sigma_next * noise_like(z, generator) if sigma_next else 0.0)
+        return _noised(z, schedule.scales(i + 1), generator)
 
     return _walk(x_T, step, prior, measurement, schedule)
 
@@ -229,8 +228,7 @@ def latino(
     def step(i: int, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         image = prior.decode(prior.denoise(x_t, alpha, sigma))
         z = prior.encode(_proximal(image, measurement, delta * sigma**2 / (alpha**2 + sigma**2)))
-        alpha_next, sigma_next = schedule.scales(i + 1)
-        return alpha_next * z + (sigma_next * noise_like(z, generator) if sigma_next else 0.0)
+        return _noised(z, schedule.scales(i + 1), generator)
 
     return _walk(x_T, step, prior, measurement, schedule)
 
@@ -265,6 +263,12 @@ def _walk(x_t: Tensor, step: Step, prior: Metered, measurement: Measurement, sch
     for i in range(len(schedule)):
         x_t = step(i, x_t, *schedule.scales(i))
     return conclude(x_t, [], prior, measurement, started)
+
+
+def _noised(z: Tensor, scales: tuple[float, float], generator: Generators) -> Tensor:
+    """A clean latent at a level, with fresh noise where the level has any."""
+    alpha, sigma = scales
+    return alpha * z + sigma * noise_like(z, generator) if sigma else alpha * z
 
 
 def _gradient_of_norm(z: Tensor, prior: Prior, measurement: Measurement) -> Tensor:
