@@ -78,9 +78,11 @@ class SolvingMixin:
         gradient_vae: None, or a small decoder of the same latents (an `AutoencoderTiny`), with which the solver draws
             at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
             the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
+        level: the `Level` that has just ended, for callbacks; None outside a solve.
     """
 
     gradient_vae: AutoencoderTiny | None = None
+    level: Level | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
 
@@ -325,18 +327,21 @@ class SolvingMixin:
             tensors: what callbacks may read and change beside the latents.
         """
         trace = []
-        with self.progress_bar(total=count) as bar:
-            for step, level in enumerate(solving):
-                trace.append(record(level))
-                t = timesteps[level.index]
-                if a.callback_on_step_end is not None:
-                    self._call_back(a, step, t, level, tensors, prior.prior)
-                bar.update()
-                if a.callback is not None and step % (a.callback_steps or 1) == 0:
-                    a.callback(step, t, level.x_next)
-                if self.interrupt:
-                    return level.z0_hat, trace
-        return level.x_next, trace
+        try:
+            with self.progress_bar(total=count) as bar:
+                for step, level in enumerate(solving):
+                    self.level, t = level, timesteps[level.index]
+                    trace.append(record(level))
+                    if a.callback_on_step_end is not None:
+                        self._call_back(a, step, t, level, tensors, prior.prior)
+                    bar.update()
+                    if a.callback is not None and step % (a.callback_steps or 1) == 0:
+                        a.callback(step, t, level.x_next)
+                    if self.interrupt:
+                        return level.z0_hat, trace
+            return level.x_next, trace
+        finally:
+            self.level = None
 
     def _call_back(self, a: SimpleNamespace, step: int, t: Tensor, level: Level, tensors: dict, prior) -> None:
         """Hand the tensors that were asked for to the user's callback, and take back what it changed."""

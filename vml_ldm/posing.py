@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vml_ldm.damage import TASKS, parameters
@@ -78,6 +80,14 @@ class Restore:
         }
         return Posed(window.text(), arguments, window.take_back)
 
+    def simulate(self, clean: Tensor, seed: int, *, native: int, stride: int) -> Tensor:
+        """y of a clean picture (B, 3, H, W) in [0, 1]: the damage at a size that the model solves, and its noise."""
+        window = Window.choose(tuple(clean.shape[2:]), native, stride)
+        unit = math.lcm(stride, self.damage.factor)
+        height, width = (length // unit * unit for length in window.scaled)
+        y = self.damage.make(1.0)(window.bring(clean)[..., :height, :width])
+        return y + self.noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+
 
 class Inpaint:
     """What ``vml-ldm inpaint`` does: the white part of a mask is repainted.
@@ -123,10 +133,15 @@ class Inpaint:
 
     def pose(self, image: Tensor, known: Tensor, *, native: int, stride: int) -> Posed:
         """Images (B, 3, H, W) with what is known (B, 1, H, W) at a size that the model solves."""
-        fit = Fit.choose(tuple(image.shape[2:]), native, stride, self.shorter)
-        canvas, seen = fit.bring(image, known)
-        arguments = {"height": canvas.shape[2], "width": canvas.shape[3], "image": canvas, "mask_image": 1 - seen}
-        return Posed(fit.text(), arguments, lambda painted: fit.take_back(painted, image, known))
+        return pose_hole(image, known, native=native, stride=stride, shorter=self.shorter)
+
+
+def pose_hole(image: Tensor, known: Tensor, *, native: int, stride: int, shorter: int | None = None) -> Posed:
+    """Images (B, 3, H, W) with what is known (B, 1, H, W) for the inpaint pipeline; sizes as of `Fit.choose`."""
+    fit = Fit.choose(tuple(image.shape[2:]), native, stride, shorter)
+    canvas, seen = fit.bring(image, known)
+    arguments = {"height": canvas.shape[2], "width": canvas.shape[3], "image": canvas, "mask_image": 1 - seen}
+    return Posed(fit.text(), arguments, lambda painted: fit.take_back(painted, image, known))
 
 
 def model_sizes(pipe) -> dict[str, int]:

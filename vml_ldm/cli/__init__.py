@@ -1,4 +1,4 @@
-"""The command line: ``vml-ldm inpaint``, ``restore``, ``batch``, ``demo``, ``benchmark``. Heavy imports wait."""
+"""The command line ``vml-ldm`` and its commands. Heavy imports wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vml_ldm
 
-from . import batch, benchmark, demo, inpaint, restore
+from . import app, batch, benchmark, demo, inpaint, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -50,8 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_inpaint(commands.add_parser("inpaint", help="repaint the white part of a mask in an image"))
     _add_restore(commands.add_parser("restore", help="an image from a small, blurred, compressed, ... one"))
     _add_batch(commands.add_parser("batch", help="inpaint or restore every image of a folder"))
+    _add_app(commands.add_parser("app", help="a web page for both, on this machine only"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
-    _add_benchmark(commands.add_parser("benchmark", help="compare restoration with RED-diff and naive answers"))
+    _add_benchmark(
+        commands.add_parser("benchmark", aliases=["bench"], help="compare restoration with RED-diff and naive answers")
+    )
     return parser
 
 
@@ -126,6 +129,14 @@ def _add_damage(parser: argparse.ArgumentParser) -> None:
     damage.add_argument("--contrast", type=float, help="of hdr, > 0 (default: 2)")
 
 
+def _add_app(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Paint a hole or choose a damage, watch the solve, compare and download: a page at 127.0.0.1."
+    _add_model(parser)
+    parser.add_argument("--port", type=_positive, metavar="N", help="default: the first free one from 7860")
+    parser.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
+    parser.set_defaults(run=app.run)
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Inpaint images that the bundled checkpoint was not trained on, with stock diffusers inpainting and "
@@ -187,13 +198,17 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
 
 
-def _add_shared(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH",
         type=Path,
         help="folder of a Stable Diffusion 1.x or 2.x checkpoint (default: the bundled one)",
     )
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipeline's (50)")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="default: the pipeline's (7.5)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,18 +86,11 @@ def _read_kernel(path: Path) -> Tensor:
 
 def _damaged(picture: Image.Image, task: Restore, seed: int, sizes: dict) -> Image.Image:
     """A clean picture, brought to a size that the model solves, after the damage and its noise: 8 bits, as a file."""
-    from torch import Generator, randn
-
-    from vml_ldm.fitting import Window
     from vml_ldm.images import from_pil, to_pil
 
-    clean = from_pil(picture)
-    window = Window.choose(tuple(clean.shape[2:]), **sizes)
-    unit = math.lcm(sizes["stride"], task.damage.factor)
-    height, width = (length // unit * unit for length in window.scaled)
+    y = task.simulate(from_pil(picture), seed, **sizes)
+    height, width = (task.damage.factor * length for length in y.shape[2:])
     print(f"simulated  from {picture.width} x {picture.height}, brought to {width} x {height} first")
-    y = task.damage.make(1.0)(window.bring(clean)[..., :height, :width])
-    y = y + task.noise * randn(y.shape, generator=Generator().manual_seed(seed))
     (measured,) = to_pil(y.expand(-1, 3, -1, -1))
     return measured if task.damage.channels == 3 else measured.convert("L")
 

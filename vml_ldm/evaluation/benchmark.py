@@ -1,8 +1,9 @@
 """The comparison behind ``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration.
 
-Same checkpoint, prompts, seeds, y and operator for every method; every figure is of the whole image, but the residual,
-which is that of the decoder's image. Phase retrieval cannot tell an image from its turn by 180 degrees: there, the
-better of the two by PSNR counts, for every method alike.
+``python -m vml_ldm.evaluation.benchmark`` is the same command. Checkpoint, prompts, seeds, y and operator are the
+same for every method; every figure is of the whole image, but the residual, which is that of the decoder's image. Phase
+retrieval cannot tell an image from its turn by 180 degrees: there, the better of the two by PSNR counts, for every
+method alike.
 """
 
 from __future__ import annotations
@@ -245,3 +246,11 @@ class Benchmark(comparison.Comparison):
                 files = [self.result_file(method, place, case) for place in places for case in cases]
                 rows.append((method.name, [load_image(file) for file in files]))
         return rows
+
+
+if __name__ == "__main__":
+    import sys
+
+    from vml_ldm.cli import main
+
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

@@ -1,0 +1,1 @@
+"""The web page behind ``vml-ldm app``; needs gradio."""

@@ -1,0 +1,309 @@
+"""The page behind ``vml-ldm app``: paint a hole or choose a damage, watch the solve, compare, read, download."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import gradio as gr
+import pandas as pd
+import torch.nn.functional as F
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from vml_ldm.app.solving import Frame, Solver
+from vml_ldm.assets import example_images
+from vml_ldm.damage import TASKS, parameters
+from vml_ldm.images import from_pil, load_image, to_pil, upright_rgb
+from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+from vml_ldm.posing import Posed, Restore, pose_hole
+from vml_ldm.presets import PRESETS
+
+TITLE = "vml-ldm"
+_PAINT = "#d6006c"  # seen on pictures of most colours
+_CURVES = {"residual": "#0d9488", "expected of the truth": "#94a3b8"}
+_TOLD = {"duration": None, "print_exception": False}
+_EXAMPLES = 6
+_SIDE = 420  # pixels, of the pictures on the page
+_FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the network
+PARAMETERS = ("mode", "std", "length", "intensity", "kernel_seed", "kernel", "quality", "contrast")
+THEME = gr.themes.Soft(primary_hue="teal", **_FONTS)
+
+
+def build(pipe: VMLInpaintPipeline) -> gr.Blocks:
+    """The page, on a checkpoint (Stable Diffusion 1.x or 2.x). Launch it with `theme=THEME`."""
+    solver = Solver(pipe)
+    with gr.Blocks(title=TITLE, delete_cache=(3600, 24 * 3600), analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\nInpainting and restoration by variational mode-seeking. Nothing leaves this machine.")
+        with gr.Row():
+            with gr.Column():
+                settings = _settings()
+                with gr.Tab("Inpaint"):
+                    paint = _inpaint_tab()
+                with gr.Tab("Restore"):
+                    mend = _restore_tab()
+            stop, shown = _results()
+        one = {"concurrency_limit": 1, "concurrency_id": "solver", "outputs": shown}
+        shared = settings.values()
+        paint.button.click(_inpainting(solver), [*paint.inputs, *shared], api_name="inpaint", **one)
+        mend.button.click(_restoring(solver), [*mend.inputs, *shared], api_name="restore", **one)
+        stop.click(solver.stop, queue=False, api_name=False)
+        for tab in (paint, mend):
+            tab.gallery.select(tab.pick, None, [tab.inputs[0], settings["prompt"]], api_name=False)
+    return page
+
+
+class Tab(NamedTuple):
+    """What a tab is asked by.
+
+    Attributes:
+        inputs: the components that its button reads, before the shared settings; the picture first.
+        gallery: examples, and what picking one puts into picture and prompt.
+    """
+
+    inputs: list
+    button: gr.Button
+    gallery: gr.Gallery
+    pick: Callable
+
+
+def _settings() -> dict[str, gr.components.Component]:
+    prompt = gr.Textbox(label="Prompt", placeholder="what to paint; may stay empty", lines=1)
+    with gr.Accordion("Settings", open=False):
+        preset = gr.Radio(list(PRESETS), value="balanced", label="Preset", info="speed against quality")
+        steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="denoiser evaluations; a preset halves or doubles it")
+        guidance = gr.Slider(1, 15, 7.5, step=0.5, label="Guidance", info="1 = off")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+    return {"prompt": prompt, "preset": preset, "steps": steps, "guidance": guidance, "seed": seed}
+
+
+def _results() -> tuple[gr.Button, list]:
+    """A button that ends a solve; and status, live picture, comparison, file, curve, report, as handlers give them."""
+    with gr.Column():
+        with gr.Row():
+            status = gr.Markdown("Pick an example or upload a picture.", elem_id="status")
+            stop = gr.Button("Stop", size="sm", scale=0, min_width=90, elem_id="stop")
+        live = gr.Image(label="So far", height=_SIDE, interactive=False, buttons=[], elem_id="live")
+        compare = gr.ImageSlider(
+            label="Before / after", format="png", visible=False, max_height=2 * _SIDE, elem_id="compare"
+        )
+        file = gr.DownloadButton("Download PNG", visible=False, elem_id="download")
+        curve = gr.LinePlot(
+            x="level",
+            y="rms",
+            color="what",
+            color_map=_CURVES,
+            title="Residual on what was measured",
+            height=220,
+            elem_id="curve",
+        )
+        report = gr.Code(
+            label="Report",
+            language=None,
+            wrap_lines=True,
+            interactive=False,
+            buttons=["copy"],
+            show_line_numbers=False,
+            elem_id="report",
+        )
+    return stop, [status, live, compare, file, curve, report]
+
+
+def _inpaint_tab() -> Tab:
+    brush = gr.Brush(colors=[_PAINT], default_color=_PAINT, color_mode="fixed", default_size=24)
+    editor = gr.ImageEditor(
+        label="Picture; paint over what is to be repainted",
+        type="pil",
+        format="png",
+        sources=("upload", "clipboard"),
+        transforms=(),
+        layers=False,
+        brush=brush,
+        height=_SIDE,
+        elem_id="editor",
+    )
+    button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
+    pictures, gallery = _gallery()
+
+    def pick(event: gr.SelectData):
+        picture, prompt = pictures[event.index]
+        return {"background": picture, "layers": [], "composite": None}, prompt
+
+    return Tab([editor], button, gallery, pick)
+
+
+def _restore_tab() -> Tab:
+    picture = gr.Image(
+        label="Picture", type="pil", format="png", sources=("upload", "clipboard"), height=_SIDE, elem_id="measured"
+    )
+    simulate = gr.Checkbox(True, label="The picture is clean: damage it first", elem_id="simulate")
+    task = gr.Dropdown(list(TASKS), value="sr4", label="Damage", elem_id="task")
+    noise = gr.Slider(0, 0.2, 0.0, step=0.01, label="Noise", info="standard deviation, of pixels in [0, 1]")
+    widgets = _widgets(task.value)
+    task.change(
+        lambda name: [gr.update(visible=key in parameters(name)) for key in widgets],
+        task,
+        list(widgets.values()),
+        api_name=False,
+    )
+    button = gr.Button("Restore", variant="primary", elem_id="restore")
+    pictures, gallery = _gallery()
+
+    def pick(event: gr.SelectData):
+        return pictures[event.index]
+
+    return Tab([picture, simulate, task, noise, *widgets.values()], button, gallery, pick)
+
+
+def _widgets(task: str) -> dict[str, gr.components.Component]:
+    """Parameters of every damage, of which those of the task are seen."""
+    sees = lambda name: {"visible": name in parameters(task), "elem_id": f"parameter-{name}"}  # noqa: E731
+    return {
+        "mode": gr.Radio(["bicubic", "average"], value="bicubic", label="Shrunk by", **sees("mode")),
+        "std": gr.Slider(0.5, 8, 3, step=0.5, label="Width of the blur (pixels)", **sees("std")),
+        "length": gr.Slider(3, 31, 15, step=1, label="Length of the path (pixels)", **sees("length")),
+        "intensity": gr.Slider(0, 1, 0.5, step=0.1, label="Straight 0 - shaking 1", **sees("intensity")),
+        "kernel_seed": gr.Number(0, precision=0, label="Seed of the path", **sees("kernel_seed")),
+        "kernel": gr.Image(label="Kernel, bright where the light went", type="pil", height=160, **sees("kernel")),
+        "quality": gr.Slider(1, 95, 10, step=1, label="JPEG quality", **sees("quality")),
+        "contrast": gr.Slider(1, 4, 2, step=0.1, label="Contrast", **sees("contrast")),
+    }
+
+
+def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
+    """Some of the held-out pictures with their prompts, and a gallery of them."""
+    pictures = []
+    with suppress(FileNotFoundError):
+        pictures = [(load_image(path), prompt) for path, prompt in example_images("held_out")[:_EXAMPLES]]
+    gallery = gr.Gallery(
+        [picture for picture, _ in pictures],
+        show_label=False,
+        columns=_EXAMPLES,
+        height=100,
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_classes="examples",
+    )
+    return pictures, gallery
+
+
+def _inpainting(solver: Solver) -> Callable:
+    def inpaint(editor, prompt, preset, steps, guidance, seed):
+        """Repaint what is painted over; pixels elsewhere come back unchanged."""
+        picture, hole = _read_editor(editor)
+        image, known = from_pil(picture), 1 - from_pil(hole, 1)
+        posed = pose_hole(image, known, **solver.sizes)
+        before = image * known + (1 - known) / 2
+        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, guidance, seed))
+
+    return inpaint
+
+
+def _restoring(solver: Solver) -> Callable:
+    def restore(picture, simulate, task, noise, *values):
+        """Undo a known damage, which is done first where the picture is clean."""
+        parameters, wishes = values[: len(PARAMETERS)], values[len(PARAMETERS) :]
+        if picture is None:
+            raise gr.Error("There is no picture. Upload one, or pick an example.", **_TOLD)
+        with _telling():
+            damaged = _damage(task, noise, dict(zip(PARAMETERS, parameters, strict=True)))
+            y = from_pil(picture, 3 if simulate else damaged.damage.channels)
+            y = damaged.simulate(y, int(wishes[-1]), **solver.sizes) if simulate else y
+            posed = damaged.pose(y, **solver.sizes)
+        yield from _shown(solver, solver.restore, posed, y, _asked(*wishes))
+
+    return restore
+
+
+def _read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image]:
+    """Picture (RGB) and what is painted over it (L, white is repainted)."""
+    picture = (editor or {}).get("background")
+    if picture is None:
+        raise gr.Error("There is no picture. Upload one, or pick an example.", **_TOLD)
+    hole = Image.new("L", picture.size)
+    for layer in editor["layers"]:
+        hole = ImageChops.lighter(hole, layer.getchannel("A"))
+    hole = hole.point(lambda alpha: 255 * (alpha > 127))
+    if hole.getextrema()[1] == 0:
+        raise gr.Error("Nothing is painted over. Paint over what is to be repainted.", **_TOLD)
+    return upright_rgb(picture), hole
+
+
+def _damage(task: str, noise: float, values: dict) -> Restore:
+    """The damage with those of the page's parameters that it has."""
+    values = {name: value for name, value in values.items() if name in parameters(task)}
+    if "kernel" in values:
+        if values["kernel"] is None:
+            raise ValueError("there is no kernel; upload a picture of it, bright where the light went.")
+        values["kernel"] = from_pil(values["kernel"])[0].mean(0)
+    return Restore(task, noise, **values)
+
+
+def _asked(prompt: str, preset: str, steps: int, guidance: float, seed: int) -> dict:
+    """The shared settings as the pipelines' arguments."""
+    return {
+        "prompt": prompt,
+        "preset": preset,
+        "num_inference_steps": int(steps),
+        "guidance_scale": guidance,
+        "seed": int(seed),
+    }
+
+
+def _shown(solver: Solver, pipe, posed: Posed, before: Tensor, asked: dict) -> Iterator[tuple]:
+    """What the page shows, level by level and at the end, in the order of `_results`."""
+    hidden = gr.update(visible=False)
+    yield "Starting ...", gr.update(value=None, visible=True), hidden, hidden, None, ""
+    with _telling():
+        for frame in solver.frames(pipe, **posed.arguments, **asked):
+            curve = _curve(frame)
+            if frame.report is None:
+                status = f"Level {len(frame.residuals)} of {frame.count}"
+                yield status, _enlarged(posed.take_back(frame.image)), hidden, hidden, curve, ""
+    (after,) = to_pil(posed.take_back(frame.image))
+    (measured,) = to_pil(F.interpolate(before.expand(-1, 3, -1, -1), after.size[::-1], mode="nearest-exact"))
+    ended = "Done" if len(frame.residuals) == frame.count else f"Stopped after level {len(frame.residuals)}"
+    yield (
+        f"{ended}: {posed.text.removeprefix('size').strip()}, {frame.report.seconds['total']:.1f} s",
+        hidden,
+        gr.update(value=(measured, after), visible=True),
+        gr.update(value=_saved(after), visible=True),
+        curve,
+        frame.report.text(),
+    )
+
+
+def _curve(frame: Frame) -> pd.DataFrame:
+    """Residual by level; and what is expected of the truth after the VAE's round trip, which is known at the end."""
+    levels = [str(level + 1) for level in range(len(frame.residuals))]
+    expected = frame.report.expected[0] if frame.report else math.nan
+    values = zip(_CURVES, (frame.residuals, [expected] * len(levels)), strict=True)
+    return pd.concat([pd.DataFrame({"level": levels, "rms": rms, "what": what}) for what, rms in values])
+
+
+def _enlarged(image: Tensor) -> Image.Image:
+    """A picture at least as large as it is shown."""
+    (picture,) = to_pil(image)
+    scale = max(1.0, _SIDE / max(picture.size))
+    return picture.resize([round(scale * length) for length in picture.size])
+
+
+def _saved(image: Image.Image) -> str:
+    """A file of the picture, to be downloaded."""
+    path = Path(tempfile.mkdtemp(prefix="vml-ldm-")) / "vml-ldm.png"
+    image.save(path)
+    return str(path)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """A ValueError inside is the user's to put right; the page shows it."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(" ".join(str(error).split()), **_TOLD) from error

@@ -1,0 +1,94 @@
+"""A solve that is watched from another thread: a frame for each level, and an end that anyone may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+from vml_ldm.posing import model_sizes
+from vml_ldm.report import Report
+
+
+class Frame(NamedTuple):
+    """A solve as it stands.
+
+    Attributes:
+        image: (1, 3, h, w) in [0, 1].
+        residuals: rms residual of each level that has ended.
+        count: levels in all.
+        report: at the end, otherwise None.
+    """
+
+    image: Tensor
+    residuals: list[float]
+    count: int
+    report: Report | None = None
+
+
+class Solver:
+    """Both pipelines on one checkpoint's components; one solve at a time.
+
+    Args:
+        pipe: an inpaint pipeline; its progress bar is switched off.
+    """
+
+    def __init__(self, pipe: VMLInpaintPipeline):
+        self.inpaint, self.restore = pipe, VMLRestorePipeline.from_pipe(pipe)
+        for each in (self.inpaint, self.restore):
+            each.set_progress_bar_config(disable=True)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return model_sizes(self.inpaint)
+
+    def stop(self) -> None:
+        """End a solve that is under way after its level, with what it has."""
+        self.inpaint._interrupt = self.restore._interrupt = True
+
+    def frames(self, pipe, seed: int, **arguments) -> Iterator[Frame]:
+        """Run the pipeline beside the caller: a frame for each level, then one with the report.
+
+        A caller that goes away stops the solve. Errors of the pipeline are raised here.
+        """
+        events = SimpleQueue()
+        thread = Thread(target=self._run, args=(pipe, events.put, seed, arguments), daemon=True)
+        thread.start()
+        try:
+            while not isinstance(event := events.get(), Exception):
+                yield event
+                if event.report is not None:
+                    return
+            raise event
+        finally:
+            self.stop()
+            thread.join()
+
+    def _run(self, pipe, tell: Callable, seed: int, arguments: dict) -> None:
+        residuals = []
+
+        def show(pipe, step, timestep, tensors):
+            residuals.append(pipe.level.residual.mean().item())
+            tell(Frame(self._draw(pipe.level.z0_hat), list(residuals), pipe.num_timesteps))
+            return {}
+
+        try:
+            generator = torch.Generator().manual_seed(seed)
+            common = {"output_type": "pt", "return_report": True, "callback_on_step_end": show}
+            out = pipe(generator=generator, **common, **arguments)
+            tell(Frame(out.images.float().cpu(), residuals, pipe.num_timesteps, out.report))
+        except Exception as error:  # it belongs to the caller, on the other thread
+            tell(error)
+
+    @torch.no_grad()
+    def _draw(self, z0_hat: Tensor) -> Tensor:
+        """A clean estimate as a picture, by the small decoder where there is one."""
+        vae = self.inpaint.gradient_vae or self.inpaint.vae
+        z = (z0_hat / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        return (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).cpu()
