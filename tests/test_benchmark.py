@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from vml_ldm import RedDiff
 from vml_ldm.evaluation import methods, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
-from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, verdicts
+from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, verdicts
 from vml_ldm.evaluation.comparison import Case
 from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA
 from vml_ldm.evaluation.metrics import mean_and_interval, psnr
@@ -368,5 +368,22 @@ def test_verdicts_name_linear_tasks_and_who_is_not_behind() -> None:
     lines = verdicts([far, near, few, group(1.0, task="jpeg")]).splitlines()
     assert lines[0] == "- sr4: vml is ahead of all others. Residual / expected 0.94 at sigma_y = 0.05."
     assert lines[1].startswith("- box: fewer than 8 images")
-    assert lines[2].startswith("- half: vml is not ahead of red-diff at sigma_y = 0.05.")
+    assert lines[2].startswith("- half: vml is not ahead of red-diff. ")
     assert len(lines) == 3
+
+
+def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> None:
+    clean, noisy = group(-0.1), group(2.0)
+    clean = Group(("sr4", "0", "8"), clean.rows)
+    for each in (clean, noisy):
+        each.rows["vml-free"] = each.rows["vml"]  # another form of the first is no rival
+    (line,) = verdicts([clean, noisy]).splitlines()
+    assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0. ")
+
+
+def test_pooling_is_each_image_s_mean_over_the_noises_that_all_have() -> None:
+    few, many = group(1.0, images=8), group(3.0, images=9)
+    pooled = over_noises([few, many]).rows["red-diff"]
+    assert len(pooled) == 8
+    assert pooled[2].psnr == pytest.approx(22 - 2 + 0.1)
+    assert pooled[2].perceptual is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vml_ldm.evaluation.problems import LINEAR
 from vml_ldm.evaluation.table import (
@@ -50,28 +51,57 @@ def benchmark_table(groups: Sequence[Group]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
+class Pooled(NamedTuple):
+    """An image's mean figures over the noises of a task."""
+
+    psnr: float
+    perceptual: float | None
+
+
 def verdicts(groups: Sequence[Group]) -> str:
     """For each linear task, whom the first method is ahead of, and its mean residual over the expected one.
 
-    Ahead means in PSNR or in the perceptual distance, by a paired 95 % interval that excludes zero. The ceiling is no
-    rival.
+    Ahead means in PSNR or in the perceptual distance, by a paired 95 % interval that excludes zero: of each image's
+    mean over the noises, and at each noise. The ceiling is no rival, nor is another form of the first method.
     """
     tasks = [task for task in LINEAR if any(group.labels[0] == task for group in groups)]
     return "\n".join(_verdict(task, [group for group in groups if group.labels[0] == task]) for task in tasks)
 
 
 def _verdict(task: str, groups: Sequence[Group]) -> str:
-    first, *others = (method for method in groups[0].rows if method != CEILING)
-    if any(len(group.rows[first]) < FEWEST for group in groups):
+    first, *others = groups[0].rows
+    rivals = [method for method in others if method != CEILING and not method.startswith(f"{first}-")]
+    whole = over_noises(groups)
+    if len(whole.rows[first]) < FEWEST:
         return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
-    behind = []
-    for method in others:
-        if noises := [group.labels[1] for group in groups if not is_ahead(group, first, method)]:
-            behind.append(f"{method} at sigma_y = {', '.join(noises)}")
+    behind = [method for method in rivals if not is_ahead(whole, first, method)]
+    result = f"not ahead of {', '.join(behind)}" if behind else "ahead of all others"
+    single = [
+        f"{method} at sigma_y = {', '.join(noises)}"
+        for method in rivals
+        if method not in behind and (noises := [g.labels[1] for g in groups if not is_ahead(g, first, method)])
+    ]
+    but = f"; taken alone, not of {'; '.join(single)}" if single else ""
     ratios = ", ".join(f"{mean(group.rows[first], 'ratio'):.2f}" for group in groups)
     noises = ", ".join(group.labels[1] for group in groups)
-    result = f"not ahead of {'; '.join(behind)}" if behind else "ahead of all others"
-    return f"- {task}: {first} is {result}. Residual / expected {ratios} at sigma_y = {noises}."
+    return f"- {task}: {first} is {result}{but}. Residual / expected {ratios} at sigma_y = {noises}."
+
+
+def over_noises(groups: Sequence[Group]) -> Group:
+    """One group of a task's groups: each image's mean over the noises, of the images that all noises have."""
+    shared = set.intersection(*({row.image for row in next(iter(group.rows.values()))} for group in groups))
+    images = [row.image for row in next(iter(groups[0].rows.values())) if row.image in shared]
+    return Group(groups[0].labels[:1], {method: _pool(method, groups, images) for method in groups[0].rows})
+
+
+def _pool(method: str, groups: Sequence[Group], images: Sequence[str]) -> list[Pooled]:
+    by_image = [{row.image: row for row in group.rows[method]} for group in groups]
+    pooled = []
+    for image in images:
+        rows = [found[image] for found in by_image]
+        told = all(row.perceptual is not None for row in rows)
+        pooled.append(Pooled(mean(rows, "psnr"), mean(rows, "perceptual") if told else None))
+    return pooled
 
 
 def is_ahead(group: Group, ours: str, other: str) -> bool:
