@@ -15,7 +15,8 @@ from vml_ldm.evaluation import methods, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
 from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, verdicts
 from vml_ldm.evaluation.comparison import Case
-from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA
+from vml_ldm.evaluation.cost import measured
+from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA, Solver
 from vml_ldm.evaluation.metrics import mean_and_interval, psnr
 from vml_ldm.evaluation.problems import LINEAR, TASKS, make_operator, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile
@@ -223,6 +224,8 @@ def test_rows_are_the_metrics_of_the_results(finished, pipe, plan: Plan) -> None
             result = from_pil(load_image(benchmark.result_file(method, place, case)))
             assert psnr(result, case.truth[None]).item() == pytest.approx(found.psnr, abs=0.05)
             assert found.seconds >= 0 and found.residual > 0
+            solved = isinstance(method, Solver)
+            assert (found.denoise > 0) == (found.decode + found.draft > 0) == solved
             if method is CEILING:
                 assert found.ratio == pytest.approx(1, abs=0.1)
 
@@ -343,6 +346,40 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert row(residual=0.1, sigma_y=0.03, vae_error=0.04).ratio == pytest.approx(2)
     with pytest.raises(FileExistsError, match="another version or another program"):
         RowFile(tmp_path)
+
+
+def test_rows_of_an_earlier_layout_are_read_and_get_the_fields_that_came_later(tmp_path: Path) -> None:
+    names = [field.name for field in dataclasses.fields(BenchmarkRow)]
+    cells = [str(value) for value in dataclasses.astuple(row(perceptual=0.5))[: names.index("denoise")]]
+    old = [",".join(names[: len(cells)]), ",".join(cells)]
+    (tmp_path / "rows.csv").write_text("\n".join(old) + "\n")
+    rows = rows_in(tmp_path)
+    assert list(rows.by_key.values()) == [row(perceptual=0.5)]
+    assert (tmp_path / "rows.csv").read_text().splitlines() == old  # nothing is written by reading
+    new = row(image="b", denoise=7, memory=1.5)
+    rows.append([new])
+    assert list(rows_in(tmp_path).by_key.values()) == [row(perceptual=0.5), new]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_rows_of_half_a_layout_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("image,task,sigma_y\n")
+    with pytest.raises(FileExistsError, match="another version or another program"):
+        rows_in(tmp_path)
+
+
+def test_a_call_s_memory_is_what_it_held_at_the_most() -> None:
+    def hold(mib: int) -> int:
+        held = torch.ones(mib, 2**18)  # float32
+        return len(held)
+
+    result, large = measured(lambda: hold(256), torch.device("cpu"))
+    _, small = measured(lambda: hold(1), torch.device("cpu"))
+    assert result == 256
+    if large.memory is None:
+        pytest.skip("this system does not tell")
+    assert 250 < large.memory < 300
+    assert small.memory < 10  # the first call's peak is forgotten
 
 
 def test_table_has_means_and_paired_intervals() -> None:

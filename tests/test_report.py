@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from vml_ldm.report import Report
 
 
@@ -29,3 +31,17 @@ def test_text_names_the_solver_and_what_it_has():
 
 def test_the_dict_is_plain():
     assert json.loads(json.dumps(report().to_dict()))["overhead"] > 0
+
+
+def test_the_plot_has_each_image_s_residual_what_is_expected_of_it_and_all_of_the_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    trace = [{"residual": [0.2, 0.1]}, {"residual": [0.05, 0.03]}]
+    two = {"sigma_y": [0.0, 0.04], "vae_error": [0.03, 0.03], "trace": trace}
+    figure = report(**two).plot()
+    curve, cost = figure.axes
+    first, first_expected, second, second_expected = curve.lines
+    assert (list(first.get_ydata()), list(second.get_ydata())) == ([0.2, 0.05], [0.1, 0.03])
+    assert first_expected.get_ydata()[0] == pytest.approx(0.03)
+    assert second_expected.get_ydata()[0] == pytest.approx(0.05)
+    assert sum(bar.get_width() for bar in cost.patches) == pytest.approx(10)
+    figure.savefig(tmp_path / "plot.png")

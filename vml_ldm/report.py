@@ -81,6 +81,33 @@ class Report:
             ]
         )
 
+    def plot(self):
+        """The residual by level, a line for each image, and beside it the time by network: a matplotlib `Figure`.
+
+        Dashed is what is expected of the truth after the VAE's round trip, see `expected`.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (the extra `eval` has it).
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        curve, cost = figure.subplots(1, 2, width_ratios=(2, 1))
+        levels = range(1, len(self.trace) + 1)
+        for image, expected in enumerate(self.expected):
+            (line,) = curve.semilogy(levels, [level["residual"][image] for level in self.trace], marker="o")
+            curve.axhline(expected, color=line.get_color(), linestyle="--", linewidth=1)
+        curve.set(xlabel="level", ylabel="rms residual", title="residual, and what is expected of the truth (dashed)")
+        curve.xaxis.get_major_locator().set_params(integer=True)
+        total = self.seconds.get("total", 0.0)
+        parts = {name: _sum(self.seconds, name) for name in NETWORKS} | {"rest": self.overhead * total}
+        bars = cost.barh(list(parts), list(parts.values()))
+        cost.bar_label(bars, fmt="%.2f", padding=2)
+        cost.set(xlabel="seconds", title=f"{total:.1f} s")
+        cost.margins(x=0.2)
+        cost.invert_yaxis()
+        return figure
+
     def _drafts(self) -> str:
         calls = self.calls
         return f" (small one {calls['draft']} / {calls.get('draft_vjp', 0)})" if "draft" in calls else ""

@@ -19,7 +19,8 @@ from torch import Tensor
 from vml_ldm.adapters.diffusers import StableDiffusionPrior
 from vml_ldm.evaluation import comparison, metrics
 from vml_ldm.evaluation.benchmark_table import benchmark_table, verdicts
-from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth, timed
+from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
+from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile
@@ -30,6 +31,7 @@ from vml_ldm.images import load_image, to_pil
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
+CALLS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "draft", "draft_vjp")
 _ON_SHEET = 8  # images
 
 
@@ -40,7 +42,9 @@ class BenchmarkRow:
     The first six fields say what was run (``fingerprint`` stands for checkpoint, code and settings). Then: PSNR (dB)
     and SSIM of the whole image, its EfficientNet-Lite0 distance (None without the weights), rms of y - A(image) before
     the step in pixels and the clamp, the VAE's round-trip error of the truth as the operator sees it (both in units of
-    y), and seconds for one image (a batch's time over its size).
+    y), and seconds for one image (a batch's time over its size). What came later may be None: how often the networks
+    ran, forward and backward ("draft" is the small decoder), and MiB that the call held at the most beyond what was
+    held before it, for its whole batch.
     """
 
     image: str
@@ -55,11 +59,32 @@ class BenchmarkRow:
     residual: float
     vae_error: float
     seconds: float
+    denoise: int | None = None
+    denoise_vjp: int | None = None
+    decode: int | None = None
+    decode_vjp: int | None = None
+    draft: int | None = None
+    draft_vjp: int | None = None
+    memory: float | None = None
 
     @property
     def ratio(self) -> float:
         """``residual / sqrt(sigma_y^2 + vae_error^2)``."""
         return self.residual / max((self.sigma_y**2 + self.vae_error**2) ** 0.5, 1e-12)
+
+    @property
+    def denoiser_calls(self) -> int | None:
+        """Forward and backward."""
+        return _total(self.denoise, self.denoise_vjp)
+
+    @property
+    def decoder_calls(self) -> int | None:
+        """Forward and backward, without those of the small decoder."""
+        return _total(self.decode, self.decode_vjp)
+
+
+def _total(forward: int | None, backward: int | None) -> int | None:
+    return None if forward is None or backward is None else forward + backward
 
 
 class Place(NamedTuple):
@@ -161,7 +186,7 @@ class Benchmark(comparison.Comparison):
         if len(cases) > 1 and getattr(method, "alone", False):
             return [row for case in cases for row in self.measure(method, place, [case])]
         problem, truth = self._pose(place, cases), stack_truth(cases)
-        answer, seconds = timed(lambda: self._answer(method, problem), len(cases))
+        answer, cost = measured(lambda: self._answer(method, problem), self.pipe.device)
         image = turn_if_nearer(answer.image, truth) if place.task == "phase" else answer.image
         self.save_pictures(method, place, cases, image)
         figures = zip(
@@ -173,7 +198,13 @@ class Benchmark(comparison.Comparison):
             strict=True,
         )
         return [
-            BenchmarkRow(*self.key(method, place, case), *values, seconds)
+            BenchmarkRow(
+                *self.key(method, place, case),
+                *values,
+                cost.seconds / len(cases),
+                **{name: answer.calls.get(name, 0) for name in CALLS},
+                memory=cost.memory,
+            )
             for case, values in zip(cases, figures, strict=True)
         ]
 

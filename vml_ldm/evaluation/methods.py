@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,11 @@ _AZULA = "azula-"  # methods of azula's, by its names
 
 
 class Answer(NamedTuple):
-    """Images (B, 3, H, W) in [0, 1] on the CPU, and (B,) rms of y - A(image), before the image was clamped."""
+    """Images (B, 3, H, W) in [0, 1] on the CPU; (B,) rms of y - A(image), before the clamp; network calls."""
 
     image: Tensor
     residual: Tensor
+    calls: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Solver:
             **common,
             **self.arguments(problem.task, problem.sigma_y),
         )
-        return Answer(out.images.float().cpu(), torch.tensor(out.report.residual))
+        return Answer(out.images.float().cpu(), torch.tensor(out.report.residual), out.report.calls)
 
 
 @dataclass(frozen=True)

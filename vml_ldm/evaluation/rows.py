@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import MISSING, astuple, dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
-_READERS = {"str": str, "int": int, "float": float, "float | None": lambda cell: float(cell) if cell else None}
+_READERS = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "int | None": lambda cell: int(cell) if cell else None,
+    "float | None": lambda cell: float(cell) if cell else None,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ class RowFile(Generic[R]):
 
     Args:
         folder: new, empty, or one that a comparison wrote.
-        kind: dataclass of the rows; its fields are annotated ``str``, ``int``, ``float`` or ``float | None``.
+        kind: dataclass of the rows; its fields are annotated ``str``, ``int``, ``float``, ``int | None`` or
+            ``float | None``. Fields with a default came later: files without them are read, and get them when they
+            are appended to.
         part: name of the part of the work that is done here, "" for all of it. A part appends to ``rows-PART.csv``;
             every ``rows*.csv`` is read.
 
@@ -77,15 +85,21 @@ class RowFile(Generic[R]):
         with path.open(newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
             header = next(lines, None)
-            if header != self.header:
+            if header is None or not self._is_ours(header):
                 raise FileExistsError(
                     f"{path} starts with {header}; expected {self.header}. It is from another version or another "
                     "program: move it away or pass another folder with -o."
                 )
             return [self._parse(cells) for cells in lines if len(cells) == len(header) and cells != header]
 
+    def _is_ours(self, header: list[str]) -> bool:
+        """Whether it names this layout's fields, all or all but the last of those with a default."""
+        needed = sum(field.default is MISSING for field in fields(self.kind))
+        return len(header) >= needed and header == self.header[: len(header)]
+
     def _parse(self, cells: list[str]) -> R:
-        return self.kind(*(_READERS[f.type](cell) for f, cell in zip(fields(self.kind), cells, strict=True)))
+        """A row; fields that its file does not have are left to their defaults."""
+        return self.kind(*(_READERS[field.type](cell) for field, cell in zip(fields(self.kind), cells, strict=False)))
 
     def start(self) -> None:
         """Make the folder and the file, if they are not there; from then on the folder is known as ours."""
@@ -93,11 +107,27 @@ class RowFile(Generic[R]):
         if not self.path.is_file():
             with self.path.open("x", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow(self.header)
+        elif self._header() != self.header:
+            self._widen()
+
+    def _header(self) -> list[str]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+
+    def _widen(self) -> None:
+        """Give an earlier layout's file the fields that came later, empty."""
+        rows, new = self._read(self.path), self.path.with_suffix(".csv.new")
+        with new.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self.header, *map(_cells, rows)])
+        new.replace(self.path)
 
     def append(self, rows: Sequence[R]) -> None:
         """Add rows to the file, at once and on disk."""
         self.start()
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            lines = csv.writer(file)
-            lines.writerows(["" if value is None else value for value in astuple(row)] for row in rows)
+            csv.writer(file).writerows(map(_cells, rows))
         self.by_key.update({key_of(row): row for row in rows})
+
+
+def _cells(row) -> list:
+    return ["" if value is None else value for value in astuple(row)]

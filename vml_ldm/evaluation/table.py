@@ -58,12 +58,12 @@ def comparison_table(
 
 
 def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> list[str]:
-    """Groups as the lines of a Markdown table; the perceptual distance only where every row has it.
+    """Groups as the lines of a Markdown table; of the columns those of which every row has a value.
 
     Args:
         labels: headings of the groups' labels.
     """
-    shown = [column for column in columns if column.field != "perceptual" or has_perceptual(groups)]
+    shown = [column for column in columns if has_field(groups, column.field)]
     head = [*labels, "method", *(column.heading for column in shown)]
     lines = [head, ["---"] * (len(labels) + 1) + ["---:"] * len(shown)]
     for group in groups:
@@ -86,7 +86,13 @@ def mean(rows: Sequence, field: str) -> float:
 
 def has_perceptual(groups: Sequence[Group]) -> bool:
     """Whether every row has the perceptual distance."""
-    return all(row.perceptual is not None for group in groups for rows in group.rows.values() for row in rows)
+    return has_field(groups, "perceptual")
+
+
+def has_field(groups: Sequence[Group], field: str) -> bool:
+    """Whether every row has a value there."""
+    rows = (row for group in groups for rows in group.rows.values() for row in rows)
+    return all(getattr(row, field) is not None for row in rows)
 
 
 def _align(lines: Sequence[Sequence[str]]) -> list[str]:
