@@ -182,6 +182,9 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
     )
     parser.add_argument("--table", action="store_true", help="only make table and sheets of the rows that are there")
+    parser.add_argument(
+        "--cost", action="store_true", help="only time one solve against levels, inner steps, pixels and batch"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="networks in half precision")
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")

@@ -14,15 +14,15 @@ _INSTALLING = {"cv2": 'pip install "vml-ldm[eval]"', "azula": "pip install --no-
 def run(options: argparse.Namespace) -> int:
     """Run the comparison, or the search for a method's settings, and print the table."""
     quiet()
+    if options.cost:
+        return _measure_cost(options)
     from vml_ldm.evaluation import benchmark
 
     part, count = options.part
     name = f"{part}of{count}" if count > 1 else ""
     rows = open_rows(_folder(options), kind=benchmark.BenchmarkRow, part=name)
     model, chosen = open_checkpoint(options.model), _chosen(options)
-    pipe = load(model, "VMLRestorePipeline")
-    if options.bfloat16:
-        pipe.to(_bfloat16())
+    pipe = _load(options, model)
     plan = benchmark.Plan(
         model=model,
         steps=options.steps,
@@ -42,14 +42,31 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _measure_cost(options: argparse.Namespace) -> int:
+    """How the cost of a solve grows."""
+    from vml_ldm.evaluation import scaling
+
+    if options.output is None:
+        raise UsageError("--cost came without -o; expected a folder for its table, rows and plot.")
+    if taken := [name for name in ("cost.csv", "cost.md", "cost.png") if (options.output / name).exists()]:
+        raise UsageError(f"{options.output / taken[0]} exists. Move it away, or pass another folder with -o.")
+    points = scaling.measure(_load(options, open_checkpoint(options.model)))
+    print(f"\n{scaling.write(points, options.output)}\nTable, rows and plot are in {options.output}.")
+    return 0
+
+
+def _load(options: argparse.Namespace, model: str):
+    """The pipeline, in the precision that was asked for."""
+    pipe = load(model, "VMLRestorePipeline")
+    if options.bfloat16:
+        import torch
+
+        pipe.to(torch.bfloat16)
+    return pipe
+
+
 def _folder(options: argparse.Namespace) -> Path:
     return options.output or Path(f"vml-ldm-tuning-{options.tune}" if options.tune else "vml-ldm-benchmark")
-
-
-def _bfloat16():
-    import torch
-
-    return torch.bfloat16
 
 
 def _chosen(options: argparse.Namespace) -> dict:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from vml_ldm.evaluation.benchmark_table import benchmark_table, verdicts
 from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
 from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver
+from vml_ldm.evaluation.plots import draw_all
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile
 from vml_ldm.evaluation.sheet import draw_sheet
@@ -82,9 +84,14 @@ class BenchmarkRow:
         """Forward and backward, without those of the small decoder."""
         return _total(self.decode, self.decode_vjp)
 
+    @property
+    def network_calls(self) -> int | None:
+        """Of denoiser and both decoders, forward and backward."""
+        return _total(_total(self.denoiser_calls, self.decoder_calls), _total(self.draft, self.draft_vjp))
 
-def _total(forward: int | None, backward: int | None) -> int | None:
-    return None if forward is None or backward is None else forward + backward
+
+def _total(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 class Place(NamedTuple):
@@ -119,7 +126,8 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
 
     The folder gets the rows (appended batch by batch; what stands there already is not run again unless something that
     could change it has changed), ``results/`` (the images), ``table.md`` of what there is, also when it is
-    interrupted, and ``sheet-TASK.png`` for each task. A part writes ``table-PART.md`` and no sheet.
+    interrupted, ``sheet-TASK.png`` for each task, and ``quality-seconds.png`` and ``quality-network_calls.png``. A part
+    writes ``table-PART.md`` and no pictures.
 
     Args:
         solve: False only makes table and sheets of the rows that are there, also of rows that other versions of the
@@ -143,6 +151,7 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
         (rows.folder / name).write_text(table + "\n", encoding="utf-8")
     if not rows.part:
         benchmark.draw_sheets()
+        benchmark.draw_plots()
     return table
 
 
@@ -263,6 +272,12 @@ class Benchmark(comparison.Comparison):
             columns = [f"sigma_y = {place.sigma_y:g}" for place in places for _ in cases]
             sheet = draw_sheet(self._sheet_rows(places, cases), columns, per_band=len(cases))
             sheet.save(self.rows.folder / f"sheet-{task}.png")
+
+    def draw_plots(self) -> None:
+        """Quality against cost, as ``quality-*.png``, where matplotlib is installed."""
+        if find_spec("matplotlib") is not None:
+            for name, figure in draw_all(self.groups()).items():
+                figure.savefig(self.rows.folder / f"{name}.png", dpi=110)
 
     def _is_drawn(self, places: Sequence[Place], case: Case) -> bool:
         return all(self.result_file(m, place, case).is_file() for place in places for m in self.methods_at(place))

@@ -33,7 +33,17 @@ T = TypeVar("T")
 MOST_PSNR = 100.0  # dB; what an error of zero is entered as
 WARM_UP_STEPS = 6
 # Sources that no row depends on: they show rows, choose settings that the fingerprint has anyway, or serve other hosts
-_NO_SAY = ("sheet.py", "table.py", "benchmark_table.py", "tuning.py", "batch.py", "manifest.py", "posing.py")
+_NO_SAY = (
+    "sheet.py",
+    "table.py",
+    "benchmark_table.py",
+    "plots.py",
+    "scaling.py",
+    "tuning.py",
+    "batch.py",
+    "manifest.py",
+    "posing.py",
+)
 _ELSEWHERE = ("app", "cli", "comfyui", "nodes")
 
 

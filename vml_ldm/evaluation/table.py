@@ -65,13 +65,21 @@ def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence
     """
     shown = [column for column in columns if has_field(groups, column.field)]
     head = [*labels, "method", *(column.heading for column in shown)]
-    lines = [head, ["---"] * (len(labels) + 1) + ["---:"] * len(shown)]
+    lines = []
     for group in groups:
         first, *_ = group.rows
         for method, rows in group.rows.items():
             base = None if method == first else group.rows[first]
             lines.append([*group.labels, method, *(_cell(rows, base, column) for column in shown)])
-    return _align(lines)
+    return draw_table(head, lines, numbers=len(shown))
+
+
+def draw_table(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: int) -> list[str]:
+    """Cells as the lines of a Markdown table, its last `numbers` columns to the right; padded, for terminals too."""
+    rows = [head, ["---"] * (len(head) - numbers) + ["---:"] * numbers, *lines]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return [f"| {' | '.join(row)} |" for row in padded]
 
 
 def difference(rows: Sequence, base: Sequence, field: str) -> Interval | None:
@@ -93,13 +101,6 @@ def has_field(groups: Sequence[Group], field: str) -> bool:
     """Whether every row has a value there."""
     rows = (row for group in groups for rows in group.rows.values() for row in rows)
     return all(getattr(row, field) is not None for row in rows)
-
-
-def _align(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells as Markdown, padded so that it also reads well on a terminal."""
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return [f"| {' | '.join(line)} |" for line in padded]
 
 
 def _values(rows: Sequence, field: str) -> Tensor:

@@ -1,0 +1,59 @@
+"""Quality against what it costs, of the benchmark's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from vml_ldm.evaluation.metrics import mean_and_interval
+from vml_ldm.evaluation.table import Group, has_field, mean
+
+_COLUMNS = 4
+_COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
+
+
+def draw_quality(groups: Sequence[Group], cost: str):
+    """PSNR against a field of the rows, a panel for each task, of its largest noise: a matplotlib `Figure`.
+
+    Bars are 95 % intervals of the mean over the images. Methods that cost nothing are lines across the panel.
+
+    Args:
+        groups: labels (task, sigma_y, number of images), in the table's order.
+        cost: "seconds" or "network_calls".
+    """
+    from matplotlib.figure import Figure
+
+    last = [list(of)[-1] for _, of in groupby(groups, key=lambda group: group.labels[0])]
+    width = min(_COLUMNS, len(last))
+    height = -(-len(last) // width)
+    figure = Figure(figsize=(3.2 * width, 2.6 * height + 0.6), layout="constrained")
+    panels = list(figure.subplots(height, width, squeeze=False).flat)
+    colors = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for group in last for m in group.rows))}
+    for panel, group in zip(panels, last, strict=False):
+        _draw_panel(panel, group, cost, colors)
+    for panel in panels[len(last) :]:
+        panel.set_visible(False)
+    legends = (panel.get_legend_handles_labels() for panel in panels)
+    handles = {label: handle for of in legends for handle, label in zip(*of, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _draw_panel(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
+    for method, rows in group.rows.items():
+        spent, psnr = mean(rows, cost), mean_and_interval(torch.tensor([row.psnr for row in rows]))
+        if spent < 0.1:  # no network has run
+            panel.axhline(psnr.mean, color=colors[method], linestyle=":", label=method)
+        else:
+            bar = [[psnr.mean - psnr.low], [psnr.high - psnr.mean]]
+            panel.errorbar(spent, psnr.mean, bar, color=colors[method], marker="o", capsize=2, label=method)
+    task, sigma_y, _ = group.labels
+    panel.set(title=f"{task}, sigma_y = {sigma_y}", xlabel=_COSTS[cost], ylabel="PSNR (dB)", xlim=(0, None))
+
+
+def draw_all(groups: Sequence[Group]) -> dict[str, object]:
+    """Figures by the name of their file, of the costs that every row has; none for fewer than two images."""
+    enough = bool(groups) and all(len(rows) > 1 for group in groups for rows in group.rows.values())
+    return {f"quality-{cost}": draw_quality(groups, cost) for cost in _COSTS if enough and has_field(groups, cost)}
