@@ -10,10 +10,12 @@ import tiny
 import torch
 from torch import Generator, Tensor
 
-from vml_ldm import RedDiff
-from vml_ldm.evaluation import methods, tuning
+import vml_ldm
+from vml_ldm import RedDiff, cli, operators
+from vml_ldm.evaluation import methods, pages, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
 from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, verdicts
+from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import Case
 from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA, Solver
@@ -210,7 +212,9 @@ def rows_in(folder: Path, part: str = "") -> RowFile[BenchmarkRow]:
 
 def test_files_and_table(finished: tuple[Path, str]) -> None:
     folder, table = finished
-    expected = {"rows.csv", "results", "sheet-phase.png", "sheet-sr4.png", "table.md"}
+    sheets = {"sheet-phase.png", "sheet-sr4.png", "gallery.png"}
+    expected = {"rows.csv", "results", "table.md", "tasks", "quality-seconds.png", "quality-network_calls.png", *sheets}
+    assert {path.name for path in (folder / "tasks").iterdir()} == {"phase.md", "phase.png", "sr4.md", "sr4.png"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "table.md").read_text(encoding="utf-8").strip() == table
     assert len([line for line in table.splitlines() if line.startswith(("| sr4", "| phase"))]) == 9  # bicubic: sr4 only
@@ -321,6 +325,39 @@ def test_tuning_is_on_validation_images_only(pipe, plan: Plan, tmp_path: Path) -
         run(dataclasses.replace(plan, tuning="red-diff"), pipe, rows_in(tmp_path / "new"))
 
 
+# equal budgets
+
+
+def test_every_solver_gets_the_steps_that_cost_what_the_first_costs(tmp_path: Path) -> None:
+    asked = []
+
+    def spend(method: Solver, task: str, steps: int | None) -> float:
+        asked.append((method.name, task, steps))
+        per_step = {"vml": 6.0, "red-diff": 3.0, "vml-free": 50.0}[method.name]
+        return 10 + per_step * (50 if steps is None else steps)
+
+    given = (EXACT, RED, FREE, START)
+    first, red, free, start = equalise(given, ("sr4", "jpeg"), "calls", tmp_path, spend)
+    assert (first, start) == (EXACT, START)
+    assert red.arguments("sr4", 0.0) == RED.arguments("sr4", 0.0) | {"num_inference_steps": 100}
+    assert free.arguments("jpeg", 0.05)["num_inference_steps"] == 6
+    assert "- red-diff: sr4 100, jpeg 100" in tell(tmp_path)
+
+    count = len(asked)
+    again = equalise(given, ("sr4", "jpeg"), "calls", tmp_path, spend)
+    assert again[1].settings(("sr4", 0.0)) == red.settings(("sr4", 0.0)) and len(asked) == count  # kept
+    with pytest.raises(FileExistsError, match="for equal calls; expected seconds"):
+        equalise(given, ("sr4",), "seconds", tmp_path, spend)
+
+
+def test_a_comparison_at_equal_calls_has_about_as_many(pipe, plan: Plan, tmp_path: Path) -> None:
+    asked = dataclasses.replace(plan, images=1, tasks=("sr4",), methods=(EXACT, RED), equal="calls", steps=24)
+    table = run(asked, pipe, rows_in(tmp_path), solve=True)
+    ours, theirs = (row.network_calls for row in rows_in(tmp_path).by_key.values())
+    assert theirs == pytest.approx(ours, rel=0.1)
+    assert "Steps that cost as much as the first method's, in calls:" in table
+
+
 # rows and table
 
 
@@ -397,6 +434,22 @@ def test_table_has_means_and_paired_intervals() -> None:
 )
 def test_ahead_is_by_psnr_or_distance(gain: float, nearer: float | None, ahead: bool) -> None:
     assert is_ahead(group(gain, nearer=nearer), "vml", "red-diff") == ahead
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_s_page_has_its_operator_and_a_command_that_is_understood(task: str) -> None:
+    words = pages.TASKS[task]
+    known = torch.ones(1, 1, SIZE, SIZE)
+    operator = eval(words.operator, vars(operators) | {"known": known})
+    if task not in ("box", "half", "random", "motion"):  # drawn for each image
+        image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(operator(image), make_operator(task, SIZE, [0])(image))
+    if words.command:
+        command = words.command.partition("#")[0].split()
+        assert cli._parser().parse_args(command[1:]).command == ("inpaint" if "mask.png" in command else "restore")
+    page = pages.write(task, [group(1.0, task=task)], "a.png")
+    assert f"from vml_ldm import VMLRestorePipeline, {type(operator).__name__}" in page
+    assert hasattr(vml_ldm, type(operator).__name__)
 
 
 def test_verdicts_name_linear_tasks_and_who_is_not_behind() -> None:

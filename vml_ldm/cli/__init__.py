@@ -181,6 +181,9 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
     )
+    parser.add_argument(
+        "--equal", choices=("seconds", "calls"), help="every solver takes the steps that cost what the first one costs"
+    )
     parser.add_argument("--table", action="store_true", help="only make table and sheets of the rows that are there")
     parser.add_argument(
         "--cost", action="store_true", help="only time one solve against levels, inner steps, pixels and batch"

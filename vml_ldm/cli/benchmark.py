@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .files import UsageError, check_count, load, named, open_checkpoint, open_rows, peak_memory, quiet
+from .files import UsageError, check_count, load, named, one_line, open_checkpoint, open_rows, peak_memory, quiet
 
 _INSTALLING = {"cv2": 'pip install "vml-ldm[eval]"', "azula": "pip install --no-deps azula einops"}
 
@@ -31,10 +31,13 @@ def run(options: argparse.Namespace) -> int:
         batch=options.batch,
         part=options.part,
         tuning=options.tune or "",
+        equal=options.equal or "",
         **chosen,
     )
     try:
         table = benchmark.run(plan, pipe, rows, solve=not options.table)
+    except FileExistsError as error:
+        raise UsageError(one_line(error)) from error
     except KeyboardInterrupt:
         print(f"\nRows and table so far are in {rows.folder}; the same command goes on from there.", file=sys.stderr)
         raise
@@ -74,6 +77,8 @@ def _chosen(options: argparse.Namespace) -> dict:
     from vml_ldm.evaluation import benchmark, methods, tuning
     from vml_ldm.evaluation.problems import TASKS
 
+    if options.tune and options.equal:
+        raise UsageError("--tune came with --equal; expected one of them: a grid is tried at one number of steps.")
     if options.tune and (options.methods or options.split == "held-out"):
         raise UsageError("--tune came with --methods or --split held-out; it tries a grid, on validation images only.")
     if options.tune and options.tune not in tuning.GRIDS:

@@ -9,32 +9,28 @@ method alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import StableDiffusionPrior
 from vml_ldm.evaluation import comparison, metrics
 from vml_ldm.evaluation.benchmark_table import benchmark_table, verdicts
+from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
 from vml_ldm.evaluation.cost import measured
-from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver
-from vml_ldm.evaluation.plots import draw_all
+from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver, at_steps
+from vml_ldm.evaluation.pictures import draw_pictures
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile
-from vml_ldm.evaluation.sheet import draw_sheet
 from vml_ldm.evaluation.table import Group
 from vml_ldm.evaluation.tuning import best_settings
-from vml_ldm.images import load_image, to_pil
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
 CALLS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "draft", "draft_vjp")
-_ON_SHEET = 8  # images
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,8 @@ class Plan(comparison.Plan):
     Attributes:
         part: (i, n), the i-th of n parts of the images, i from 1.
         tuning: the methods are the grid of this one, of which the best is told.
+        equal: "seconds" or "calls": every solver gets as many steps as cost what the first one costs; "": they all get
+            the plan's number.
     """
 
     images: int = 24
@@ -119,6 +117,7 @@ class Plan(comparison.Plan):
     noises: tuple[float, ...] = NOISES
     part: tuple[int, int] = (1, 1)
     tuning: str = ""
+    equal: str = ""
 
 
 def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve: bool = True) -> str:
@@ -126,8 +125,7 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
 
     The folder gets the rows (appended batch by batch; what stands there already is not run again unless something that
     could change it has changed), ``results/`` (the images), ``table.md`` of what there is, also when it is
-    interrupted, ``sheet-TASK.png`` for each task, and ``quality-seconds.png`` and ``quality-network_calls.png``. A part
-    writes ``table-PART.md`` and no pictures.
+    interrupted, and the files of `vml_ldm.evaluation.pictures`. A part writes ``table-PART.md`` and no pictures.
 
     Args:
         solve: False only makes table and sheets of the rows that are there, also of rows that other versions of the
@@ -144,14 +142,14 @@ def run(plan: Plan, pipe: VMLRestorePipeline, rows: RowFile[BenchmarkRow], solve
     rows.start()
     try:
         if solve:
+            benchmark.equalise()
             benchmark.measure_all()
     finally:
         table = benchmark.table()
         name = f"table-{rows.part}.md" if rows.part else "table.md"
         (rows.folder / name).write_text(table + "\n", encoding="utf-8")
     if not rows.part:
-        benchmark.draw_sheets()
-        benchmark.draw_plots()
+        draw_pictures(benchmark)
     return table
 
 
@@ -188,13 +186,27 @@ class Benchmark(comparison.Comparison):
     def warm_up(self) -> None:
         for method in self.plan.methods:
             if isinstance(method, Solver):
-                self._answer(method, self._pose(Place(method.tasks[0], 0.0), self.cases[:1]), steps=WARM_UP_STEPS)
+                self._spend(method, method.tasks[0], WARM_UP_STEPS)
+
+    def equalise(self) -> None:
+        """Give every solver the steps that `Plan.equal` asks for."""
+        if self.plan.equal:
+            self.warm_up()
+            asked = (self.plan.methods, self.plan.tasks, self.plan.equal, self.rows.folder)
+            self.plan = replace(self.plan, methods=equalise(*asked, self._spend))
+
+    def _spend(self, method: Solver, task: str, steps: int | None) -> float:
+        """Seconds or network calls of a method on the first image, with so many steps or (None) the plan's."""
+        problem = self.pose(Place(task, self.plan.noises[0]), self.cases[:1])
+        asked = method if steps is None else at_steps(method, lambda task: steps)
+        answer, cost = measured(lambda: self._answer(asked, problem), self.pipe.device)
+        return cost.seconds if self.plan.equal == "seconds" else float(sum(answer.calls.values()))
 
     def measure(self, method: Solver | Naive, place: Place, cases: Sequence[Case]) -> list[BenchmarkRow]:
         """Run one method on one batch; save the images and return the rows."""
         if len(cases) > 1 and getattr(method, "alone", False):
             return [row for case in cases for row in self.measure(method, place, [case])]
-        problem, truth = self._pose(place, cases), stack_truth(cases)
+        problem, truth = self.pose(place, cases), stack_truth(cases)
         answer, cost = measured(lambda: self._answer(method, problem), self.pipe.device)
         image = turn_if_nearer(answer.image, truth) if place.task == "phase" else answer.image
         self.save_pictures(method, place, cases, image)
@@ -217,11 +229,10 @@ class Benchmark(comparison.Comparison):
             for case, values in zip(cases, figures, strict=True)
         ]
 
-    def _answer(self, method: Solver | Naive, problem: Problem, steps: int | None = None) -> Answer:
-        common = self.plan.common_arguments() | ({"num_inference_steps": steps} if steps else {})
-        return method.answer(problem, self.pipe, common)
+    def _answer(self, method: Solver | Naive, problem: Problem) -> Answer:
+        return method.answer(problem, self.pipe, self.plan.common_arguments())
 
-    def _pose(self, place: Place, cases: Sequence[Case]) -> Problem:
+    def pose(self, place: Place, cases: Sequence[Case]) -> Problem:
         """The place's problem of some images; what the VAE makes of them is kept for the next call with the same."""
         names = tuple(case.name for case in cases)
         if self._seen[0] != names:
@@ -257,41 +268,8 @@ class Benchmark(comparison.Comparison):
         )
         head = f"{images}, rows as they were recorded." if self._recorded else f"{images}, {made}."
         end = best_settings(plan.tuning, groups) if plan.tuning else verdicts(groups)
-        return "\n\n".join([head, benchmark_table(groups), end])
-
-    def draw_sheets(self) -> None:
-        """Draw a sheet for each task, of up to eight images: a band for each noise.
-
-        Rows that came without their pictures (kept in a repository, say) make a table but no sheet.
-        """
-        for task in self.plan.tasks:
-            places = [place for place in self.places() if place.task == task]
-            if not (cases := [case for case in self.cases if self._is_drawn(places, case)][:_ON_SHEET]):
-                print(f"No sheet of {task}: {self.rows.folder} has no image with the pictures of every method.")
-                continue
-            columns = [f"sigma_y = {place.sigma_y:g}" for place in places for _ in cases]
-            sheet = draw_sheet(self._sheet_rows(places, cases), columns, per_band=len(cases))
-            sheet.save(self.rows.folder / f"sheet-{task}.png")
-
-    def draw_plots(self) -> None:
-        """Quality against cost, as ``quality-*.png``, where matplotlib is installed."""
-        if find_spec("matplotlib") is not None:
-            for name, figure in draw_all(self.groups()).items():
-                figure.savefig(self.rows.folder / f"{name}.png", dpi=110)
-
-    def _is_drawn(self, places: Sequence[Place], case: Case) -> bool:
-        return all(self.result_file(m, place, case).is_file() for place in places for m in self.methods_at(place))
-
-    def _sheet_rows(self, places: Sequence[Place], cases: Sequence[Case]) -> list[tuple[str, list[Image.Image]]]:
-        """Truth, the measurement's guess and every method's answer, for each image at each place."""
-        problems = [self._pose(place, cases) for place in places]
-        guesses = [p.measurement.guess((self.size, self.size), noise=p.sigma_y) for p in problems]
-        rows = [("truth", to_pil(stack_truth(cases)) * len(places)), ("guess", to_pil(torch.cat(guesses)))]
-        for method in self.methods_at(places[0]):
-            if method.name != "start":  # it is the guess
-                files = [self.result_file(method, place, case) for place in places for case in cases]
-                rows.append((method.name, [load_image(file) for file in files]))
-        return rows
+        steps = [tell(self.rows.folder)] if plan.equal else []
+        return "\n\n".join([head, benchmark_table(groups), *steps, end])
 
 
 if __name__ == "__main__":

@@ -49,11 +49,16 @@ def benchmark_table(groups: Sequence[Group]) -> str:
         groups: labels (task, sigma_y, number of images); the first method is what others are compared to.
     """
     first, *_ = groups[0].rows
-    lines = draw_lines(("task", "sigma_y", "images"), groups, _COLUMNS)
+    lines = draw_benchmark_lines(groups)
     notes = [*_NOTES, f"In brackets, from {FEWEST} images on: mean paired difference to {first}, its 95 % interval."]
     if not has_perceptual(groups):
         notes.append(NO_PERCEPTUAL)
     return "\n".join([*lines, "", *notes])
+
+
+def draw_benchmark_lines(groups: Sequence[Group]) -> list[str]:
+    """The table without its notes."""
+    return draw_lines(("task", "sigma_y", "images"), groups, _COLUMNS)
 
 
 class Pooled(NamedTuple):

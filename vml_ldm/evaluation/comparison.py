@@ -33,17 +33,19 @@ T = TypeVar("T")
 MOST_PSNR = 100.0  # dB; what an error of zero is entered as
 WARM_UP_STEPS = 6
 # Sources that no row depends on: they show rows, choose settings that the fingerprint has anyway, or serve other hosts
-_NO_SAY = (
-    "sheet.py",
-    "table.py",
-    "benchmark_table.py",
-    "plots.py",
-    "scaling.py",
-    "tuning.py",
-    "batch.py",
-    "manifest.py",
-    "posing.py",
-)
+_NO_SAY = {
+    "batch",
+    "benchmark_table",
+    "manifest",
+    "pages",
+    "pictures",
+    "plots",
+    "posing",
+    "scaling",
+    "sheet",
+    "table",
+    "tuning",
+}
 _ELSEWHERE = ("app", "cli", "comfyui", "nodes")
 
 
@@ -118,7 +120,7 @@ def stamp(plan: Plan, pipe) -> str:
 
 
 def _has_say(source: Path) -> bool:
-    return source.parent.name not in _ELSEWHERE and source.name not in _NO_SAY
+    return source.parent.name not in _ELSEWHERE and source.stem not in _NO_SAY
 
 
 def _digest(paths: Iterator[Path]) -> str:

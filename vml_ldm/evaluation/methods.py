@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import NamedTuple
@@ -61,8 +61,7 @@ class Solver:
             operator=problem.operator,
             sigma_y=problem.sigma_y,
             return_report=True,
-            **common,
-            **self.arguments(problem.task, problem.sigma_y),
+            **common | self.arguments(problem.task, problem.sigma_y),
         )
         return Answer(out.images.float().cpu(), torch.tensor(out.report.residual), out.report.calls)
 
@@ -131,6 +130,12 @@ def inpaint_telea(problem: Problem) -> Tensor:
 def _pass(**arguments) -> Callable[[str, float], dict]:
     """The same arguments for every task and noise."""
     return lambda task, sigma_y: arguments
+
+
+def at_steps(method: Solver, steps: Callable[[str], int]) -> Solver:
+    """A solver with another number of steps, by task."""
+    arguments = lambda task, sigma_y: method.arguments(task, sigma_y) | {"num_inference_steps": steps(task)}  # noqa: E731
+    return replace(method, arguments=arguments)
 
 
 def _pass_point(method: str, point: tuning.Point) -> dict:

@@ -1,0 +1,121 @@
+"""A page for each task of the benchmark: what happened to the picture, how to undo it, pictures and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vml_ldm.evaluation.benchmark_table import draw_benchmark_lines
+from vml_ldm.evaluation.table import Group
+
+
+class Task(NamedTuple):
+    """A page's words.
+
+    Attributes:
+        title: what is undone.
+        text: what happened to the picture.
+        operator: the operator in Python, with the names of `vml_ldm.operators`.
+        command: how the command line undoes it; "" where it cannot.
+    """
+
+    title: str
+    text: str
+    operator: str
+    command: str
+
+
+_RESTORE = "vml-ldm restore {source} --task {task} -o result.png"
+_SIMULATE = "vml-ldm restore photo.png --task {task} --simulate -o result.png    # damages photo.png first"
+_INPAINT = "vml-ldm inpaint photo.png mask.png -o result.png    # white is repainted"
+
+TASKS = {
+    "sr4": Task(
+        "Four times the resolution",
+        "Both sides were made a quarter as long, by antialiased bicubic interpolation.",
+        'Downsample(4, "bicubic")',
+        _RESTORE.format(source="small.png", task="sr4"),
+    ),
+    "sr8": Task(
+        "Eight times the resolution",
+        "Both sides were made an eighth as long, by antialiased bicubic interpolation.",
+        'Downsample(8, "bicubic")',
+        _RESTORE.format(source="small.png", task="sr8"),
+    ),
+    "deblur": Task(
+        "Out of focus",
+        "A Gaussian blur of 3 pixels (standard deviation).",
+        "GaussianBlur(3)",
+        _RESTORE.format(source="blurred.png", task="deblur"),
+    ),
+    "motion": Task(
+        "Shaken",
+        "Blur along a path of 15 pixels, drawn from a seed, another one for each image.",
+        "MotionBlur(15, 0.5, seed=0)",
+        _RESTORE.format(source="shaken.png", task="motion"),
+    ),
+    "box": Task("A hole", "A box in the middle is missing.", "Mask(known)    # 1 = known", _INPAINT),
+    "half": Task("Half of it", "The right half is missing.", "Mask(known)    # 1 = known", _INPAINT),
+    "random": Task(
+        "Scattered pixels", "80 % of the pixels are missing, drawn from a seed.", "Mask(known)    # 1 = known", _INPAINT
+    ),
+    "jpeg": Task(
+        "JPEG", "Compressed at quality 10.", "JPEG(10)", _RESTORE.format(source="small-file.jpg", task="jpeg")
+    ),
+    "colorize": Task(
+        "Colours",
+        "Only the lightness is left.",
+        "Grayscale()",
+        _RESTORE.format(source="grey.png", task="colorize"),
+    ),
+    "hdr": Task(
+        "Clipped light",
+        "The contrast was doubled about mid-grey: shadows and lights are lost.",
+        "HDR(2)",
+        _RESTORE.format(source="clipped.png", task="hdr"),
+    ),
+    "phase": Task(
+        "Phase retrieval",
+        "Only magnitudes of the Fourier transform are left, oversampled by two. An image and its turn by 180 degrees "
+        "have the same; the nearer one counts.",
+        "PhaseRetrieval()",
+        "",
+    ),
+}
+
+
+def write(task: str, groups: Sequence[Group], strip: str) -> str:
+    """A task's page (Markdown).
+
+    Args:
+        groups: the task's, one for each noise.
+        strip: file of its pictures, beside the page.
+    """
+    words = TASKS[task]
+    name = words.operator.partition("(")[0]
+    commands = [words.command, _SIMULATE.format(task=task)] if words.command.startswith("vml-ldm restore") else []
+    shell = ["```sh", *(commands or [words.command]), "```", ""] if words.command else []
+    return "\n".join(
+        [
+            f"# {words.title} (`{task}`)",
+            "",
+            words.text,
+            "",
+            f"![Truth, what was measured, RED-diff and VML, of a few images]({strip})",
+            "",
+            *shell,
+            "```python",
+            f"from vml_ldm import VMLRestorePipeline, {name}",
+            "",
+            "pipe = VMLRestorePipeline.from_pretrained(folder, safety_checker=None)",
+            f"operator = {words.operator}",
+            'image = pipe("what it shows", y=y, operator=operator, sigma_y=0.01).images[0]',
+            "```",
+            "",
+            f"What `vml-ldm benchmark --tasks {task}` measured with the bundled checkpoint on held-out images (the "
+            "whole table, `table.md`, explains the lines):",
+            "",
+            *draw_benchmark_lines(groups),
+            "",
+        ]
+    )
