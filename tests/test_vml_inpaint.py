@@ -335,6 +335,19 @@ def test_half_precision_networks_keep_a_float32_state(fresh):
     assert image.dtype == torch.float32 and fresh.unet.dtype == torch.bfloat16
 
 
+def test_a_vae_that_overflows_in_float16_still_gives_an_image_and_the_report_counts_it(fresh, caplog):
+    vae = tiny.vae()
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(2e5)  # what it gives is beyond float16; the next norm takes it off again
+    fresh.register_modules(vae=torch.nn.Module.to(vae, torch.float16))
+    with pytest.warns(UserWarning, match=r"the VAE decoder gave non-finite values in torch.float16"):
+        out = call(fresh, output_type="pt", return_report=True)
+    assert out.images.isfinite().all() and fresh.vae.dtype == torch.float16
+    assert out.report.retries["the VAE decoder"] >= 1
+    assert f"{out.report.retries['the VAE decoder']} x the VAE decoder" in out.report.text()
+    assert "should be kept in float32" not in caplog.text  # diffusers' warning, which is about nothing here
+
+
 def test_non_finite_weights_are_named(fresh):
     unet = tiny.unet()
     with torch.no_grad():

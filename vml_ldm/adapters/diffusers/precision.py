@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Guard:
 
     def __init__(self):
         self.retries = Counter()
-        self._upcast: dict[nn.Module, torch.dtype] = {}
+        self._upcast: dict[nn.Module, dict[str, torch.dtype]] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
         self._checkpointing: list[tuple[nn.Module, dict]] = []
 
@@ -63,14 +64,16 @@ class Guard:
         for network, name in self._thawed:  # by name: offloading may have put other parameters there
             network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
-        for network, dtype in self._upcast.items():
-            network.to(dtype)
+        for network, dtypes in self._upcast.items():
+            for name, tensor in _floats(network):
+                tensor.data = tensor.data.to(dtypes[name])
         self._upcast.clear()
 
     def upcast(self, network: nn.Module) -> None:
         """Run a network in float32 from here on, until `restore`."""
-        self._upcast[network] = network.dtype
-        network.to(torch.float32)
+        self._upcast[network] = {name: tensor.dtype for name, tensor in _floats(network)}
+        for _, tensor in _floats(network):
+            tensor.data = tensor.data.float()
 
     def dtype(self, network: nn.Module) -> torch.dtype:
         """The precision to hand the network its inputs in."""
@@ -167,6 +170,12 @@ def _fetch(network: nn.Module, device: torch.device) -> None:
     away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
     if away and hasattr(hook, "pre_forward"):
         hook.pre_forward(network)
+
+
+def _floats(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its floating-point parameters and buffers (diffusers' own `to` warns of layers kept in float32, even of none)."""
+    named = chain(network.named_parameters(), network.named_buffers())
+    return ((name, tensor) for name, tensor in named if tensor.is_floating_point())
 
 
 def _is_hooked(network: nn.Module) -> bool:
