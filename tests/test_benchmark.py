@@ -14,7 +14,7 @@ import vml_ldm
 from vml_ldm import RedDiff, cli, operators
 from vml_ldm.evaluation import methods, pages, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
-from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, verdicts
+from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, summary, verdicts
 from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import Case
 from vml_ldm.evaluation.cost import measured
@@ -469,6 +469,16 @@ def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> N
         each.rows["vml-free"] = each.rows["vml"]  # another form of the first is no rival
     (line,) = verdicts([clean, noisy]).splitlines()
     assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0. ")
+
+
+def test_the_summary_has_means_over_images_and_noises_and_a_gap_where_a_method_was_not_tried() -> None:
+    first, second, other = group(1.0, nearer=0.1), group(3.0, nearer=0.3), group(0.0, task="half")
+    other.rows["telea"] = other.rows["vml"]
+    lines = summary([first, second]).splitlines()
+    assert lines[0] == "Means over the images and noises: PSNR (dB), EfficientNet-Lite0 distance."
+    assert lines[-1] == "| sr4  | 23.5, 0.30 | 21.5, 0.50 |"
+    lines = summary([group(1.0), other]).splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[-2:]] == ["", "23.5"]
 
 
 def test_pooling_is_each_image_s_mean_over_the_noises_that_all_have() -> None:

@@ -13,6 +13,7 @@ from vml_ldm.evaluation.table import (
     Group,
     difference,
     draw_lines,
+    draw_table,
     has_perceptual,
     mean,
 )
@@ -54,6 +55,24 @@ def benchmark_table(groups: Sequence[Group]) -> str:
     if not has_perceptual(groups):
         notes.append(NO_PERCEPTUAL)
     return "\n".join([*lines, "", *notes])
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """A line for each task, of every method: PSNR and perceptual distance, means over images and noises (Markdown)."""
+    tasks = list(dict.fromkeys(group.labels[0] for group in groups))
+    pooled = {task: over_noises([group for group in groups if group.labels[0] == task]).rows for task in tasks}
+    methods = list(dict.fromkeys(method for rows in pooled.values() for method in rows))
+    lines = [[task, *(_figures(rows.get(method)) for method in methods)] for task, rows in pooled.items()]
+    told = "PSNR (dB), EfficientNet-Lite0 distance" if has_perceptual(groups) else "PSNR (dB)"
+    head = f"Means over the images and noises: {told}."
+    return "\n".join([head, "", *draw_table(["task", *methods], lines, numbers=len(methods))])
+
+
+def _figures(rows: Sequence[Pooled] | None) -> str:
+    if not rows:
+        return ""
+    told = all(row.perceptual is not None for row in rows)
+    return f"{mean(rows, 'psnr'):.1f}" + (f", {mean(rows, 'perceptual'):.2f}" if told else "")
 
 
 def draw_benchmark_lines(groups: Sequence[Group]) -> list[str]:
