@@ -473,6 +473,13 @@ def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> N
     assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0. ")
 
 
+def test_verdicts_say_in_what_the_first_is_behind() -> None:
+    (line,) = verdicts([group(-1.0, nearer=0.1)]).splitlines()
+    assert line.startswith("- sr4: vml is ahead of all others; behind red-diff in PSNR. ")
+    (line,) = verdicts([group(-1.0, nearer=-0.1)]).splitlines()
+    assert line.startswith("- sr4: vml is not ahead of red-diff; behind red-diff in PSNR and distance. ")
+
+
 def test_the_summary_has_means_over_images_and_noises_and_a_gap_where_a_method_was_not_tried() -> None:
     first, second, other = group(1.0, nearer=0.1), group(3.0, nearer=0.3), group(0.0, task="half")
     other.rows["telea"] = other.rows["vml"]

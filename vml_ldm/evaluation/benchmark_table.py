@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vml_ldm.evaluation.metrics import Interval
 from vml_ldm.evaluation.problems import LINEAR
 from vml_ldm.evaluation.table import (
     FEWEST,
@@ -88,10 +89,11 @@ class Pooled(NamedTuple):
 
 
 def verdicts(groups: Sequence[Group]) -> str:
-    """For each linear task, whom the first method is ahead of, and its mean residual over the expected one.
+    """For each linear task, whom the first method is ahead of or behind, and its mean residual over the expected one.
 
     Ahead means in PSNR or in the perceptual distance, by a paired 95 % interval that excludes zero: of each image's
-    mean over the noises, and at each noise. The ceiling is no rival, nor is another form of the first method.
+    mean over the noises, and at each noise. One can be ahead in one and behind in the other: both are said. The ceiling
+    is no rival, nor is another form of the first method.
     """
     tasks = [task for task in LINEAR if any(group.labels[0] == task for group in groups)]
     return "\n".join(_verdict(task, [group for group in groups if group.labels[0] == task]) for task in tasks)
@@ -103,17 +105,30 @@ def _verdict(task: str, groups: Sequence[Group]) -> str:
     whole = over_noises(groups)
     if len(whole.rows[first]) < FEWEST:
         return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
-    behind = [method for method in rivals if not is_ahead(whole, first, method)]
-    result = f"not ahead of {', '.join(behind)}" if behind else "ahead of all others"
+    level = [method for method in rivals if not is_ahead(whole, first, method)]
+    parts = [f"- {task}: {first} is " + (f"not ahead of {', '.join(level)}" if level else "ahead of all others")]
     single = [
         f"{method} at sigma_y = {', '.join(noises)}"
         for method in rivals
-        if method not in behind and (noises := [g.labels[1] for g in groups if not is_ahead(g, first, method)])
+        if method not in level and (noises := [g.labels[1] for g in groups if not is_ahead(g, first, method)])
     ]
-    but = f"; taken alone, not of {'; '.join(single)}" if single else ""
+    parts += [f"taken alone, not of {'; '.join(single)}"] if single else []
+    behind = [f"{method} in {' and '.join(figures)}" for method in rivals if (figures := _behind(whole, first, method))]
+    parts += [f"behind {', '.join(behind)}"] if behind else []
     ratios = ", ".join(f"{mean(group.rows[first], 'ratio'):.2f}" for group in groups)
     noises = ", ".join(group.labels[1] for group in groups)
-    return f"- {task}: {first} is {result}{but}. Residual / expected {ratios} at sigma_y = {noises}."
+    return f"{'; '.join(parts)}. Residual / expected {ratios} at sigma_y = {noises}."
+
+
+def _behind(group: Group, ours: str, other: str) -> list[str]:
+    """The figures in which `other` is better than `ours`, the interval without zero."""
+    psnr, distance = (difference(group.rows[ours], group.rows[other], "psnr"), _distance(group, ours, other))
+    return ["PSNR"] * (psnr is not None and psnr.high < 0) + ["distance"] * (distance is not None and distance.low > 0)
+
+
+def _distance(group: Group, ours: str, other: str) -> Interval | None:
+    """The paired difference of the perceptual distances, where every row has it."""
+    return difference(group.rows[ours], group.rows[other], "perceptual") if has_perceptual([group]) else None
 
 
 def over_noises(groups: Sequence[Group]) -> Group:
@@ -135,8 +150,5 @@ def _pool(method: str, groups: Sequence[Group], images: Sequence[str]) -> list[P
 
 def is_ahead(group: Group, ours: str, other: str) -> bool:
     """Whether `ours` has a higher PSNR or a smaller perceptual distance than `other`, the interval without zero."""
-    psnr = difference(group.rows[ours], group.rows[other], "psnr")
-    if psnr is not None and psnr.low > 0:
-        return True
-    distance = difference(group.rows[ours], group.rows[other], "perceptual") if has_perceptual([group]) else None
-    return distance is not None and distance.high < 0
+    psnr, distance = difference(group.rows[ours], group.rows[other], "psnr"), _distance(group, ours, other)
+    return (psnr is not None and psnr.low > 0) or (distance is not None and distance.high < 0)
