@@ -18,7 +18,19 @@ from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_n
 from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import Case
 from vml_ldm.evaluation.cost import measured
-from vml_ldm.evaluation.methods import BICUBIC, CEILING, EXACT, FREE, METHODS, RED, RED_TUNED, START, TELEA, Solver
+from vml_ldm.evaluation.methods import (
+    BICUBIC,
+    CEILING,
+    EXACT,
+    FREE,
+    METHODS,
+    RED,
+    RED_TUNED,
+    START,
+    TELEA,
+    Solver,
+    draw_measured,
+)
 from vml_ldm.evaluation.metrics import mean_and_interval, psnr
 from vml_ldm.evaluation.problems import LINEAR, TASKS, make_operator, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile
@@ -95,6 +107,15 @@ def test_a_turned_image_counts_as_it_is_nearer() -> None:
 
 def answer(method, task: str, sigma_y: float = 0.0):
     return method.answer(pose(task, sigma_y, cases(), truth() + 0.02), None, {})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_was_measured_is_shown_at_the_image_s_size(task: str) -> None:
+    problem = pose(task, 0.0, cases(), truth())
+    shown = draw_measured(problem)
+    assert shown.shape == truth().shape
+    if task in ("deblur", "motion", "jpeg", "hdr"):
+        assert torch.equal(shown, problem.y)
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "phase"])

@@ -62,7 +62,7 @@ def summary(groups: Sequence[Group]) -> str:
     """A line for each task, of every method: PSNR and perceptual distance, means over images and noises (Markdown)."""
     tasks = list(dict.fromkeys(group.labels[0] for group in groups))
     pooled = {task: over_noises([group for group in groups if group.labels[0] == task]).rows for task in tasks}
-    methods = list(dict.fromkeys(method for rows in pooled.values() for method in rows))
+    methods = sorted(dict.fromkeys(method for rows in pooled.values() for method in rows), key=CEILING.__eq__)
     lines = [[task, *(_figures(rows.get(method)) for method in methods)] for task, rows in pooled.items()]
     told = "PSNR (dB), EfficientNet-Lite0 distance" if has_perceptual(groups) else "PSNR (dB)"
     head = f"Means over the images and noises: {told}."

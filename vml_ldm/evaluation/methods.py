@@ -89,6 +89,15 @@ def draw_start(problem: Problem) -> Tensor:
     return problem.measurement.start()
 
 
+def draw_measured(problem: Problem) -> Tensor:
+    """What was measured, to be looked at: y where it is a picture, enlarged; otherwise, and under a mask, the start."""
+    y, size = problem.y, problem.round_trip.shape[2:]
+    is_picture = y.ndim == 4 and y.shape[1] in (1, 3) and y.shape[2] <= size[0] and not y.is_complex()
+    if isinstance(problem.operator, Mask) or not is_picture:
+        return draw_start(problem)
+    return F.interpolate(y.expand(-1, 3, -1, -1), size, mode="nearest-exact")
+
+
 def draw_smooth(problem: Problem) -> Tensor:
     """The smoothest image that agrees with y up to its noise, see `Measurement.guess`."""
     return problem.measurement.guess(problem.round_trip.shape[2:], noise=problem.sigma_y)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vml_ldm.evaluation import pages
 from vml_ldm.evaluation.comparison import Case, stack_truth
-from vml_ldm.evaluation.methods import draw_start
+from vml_ldm.evaluation.methods import draw_measured
 from vml_ldm.evaluation.plots import draw_all
 from vml_ldm.evaluation.sheet import draw_sheet
 from vml_ldm.images import load_image, to_pil
@@ -57,8 +57,7 @@ def _drawn(benchmark, task: str) -> list[Case]:
 
 def _draw_sheet(benchmark, task: str, cases: Sequence[Case]) -> None:
     places = _places(benchmark, task)
-    shown = [method for method in benchmark.methods_at(places[0]) if method.name != "start"]  # it is what was measured
-    bands = [_rows(benchmark, place, cases, shown) for place in places]
+    bands = [_rows(benchmark, place, cases, benchmark.methods_at(place)) for place in places]
     rows = [(name, [image for band in bands for image in band[i][1]]) for i, (name, _) in enumerate(bands[0])]
     columns = [f"sigma_y = {place.sigma_y:g}" for place in places for _ in cases]
     draw_sheet(rows, columns, per_band=len(cases)).save(benchmark.rows.folder / f"sheet-{task}.png")
@@ -93,9 +92,9 @@ def _middle(benchmark, task: str):
 
 
 def _rows(benchmark, place, cases: Sequence[Case], methods: Sequence) -> Rows:
-    """Truth, what was measured (the operator's start), and the methods' results, of each image."""
+    """Truth, what was measured, and the methods' results, of each image."""
     problem = benchmark.pose(place, cases)
-    rows = [("truth", to_pil(stack_truth(cases))), ("measured", to_pil(draw_start(problem).clamp(0, 1)))]
+    rows = [("truth", to_pil(stack_truth(cases))), ("measured", to_pil(draw_measured(problem)))]
     for method in methods:
         rows.append((method.name, [load_image(benchmark.result_file(method, place, case)) for case in cases]))
     return rows
