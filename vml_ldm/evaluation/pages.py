@@ -54,10 +54,10 @@ TASKS = {
         "MotionBlur(15, 0.5, seed=0)",
         _RESTORE.format(source="shaken.png", task="motion"),
     ),
-    "box": Task("A hole", "A box in the middle is missing.", "Mask(known)    # 1 = known", _INPAINT),
-    "half": Task("Half of it", "The right half is missing.", "Mask(known)    # 1 = known", _INPAINT),
+    "box": Task("A hole", "A box in the middle is missing.", "Mask(known)  # 1 = known", _INPAINT),
+    "half": Task("Half of it", "The right half is missing.", "Mask(known)  # 1 = known", _INPAINT),
     "random": Task(
-        "Scattered pixels", "80 % of the pixels are missing, drawn from a seed.", "Mask(known)    # 1 = known", _INPAINT
+        "Scattered pixels", "80 % of the pixels are missing, drawn from a seed.", "Mask(known)  # 1 = known", _INPAINT
     ),
     "jpeg": Task(
         "JPEG", "Compressed at quality 10.", "JPEG(10)", _RESTORE.format(source="small-file.jpg", task="jpeg")
