@@ -467,8 +467,9 @@ def test_a_task_s_page_has_its_operator_and_a_command_that_is_understood(task: s
     if task not in ("box", "half", "random", "motion"):  # drawn for each image
         image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         assert torch.equal(operator(image), make_operator(task, SIZE, [0])(image))
-    if words.command:
-        command = words.command.partition("#")[0].split()
+    assert bool(pages.commands(task)) == (task != "phase")
+    for line in pages.commands(task):
+        command = line.partition("#")[0].split()
         assert cli._parser().parse_args(command[1:]).command == ("inpaint" if "mask.png" in command else "restore")
     page = pages.write(task, [group(1.0, task=task)], "a.png")
     assert f"from vml_ldm import VMLRestorePipeline, {type(operator).__name__}" in page

@@ -30,7 +30,7 @@ _TOLD = {"duration": None, "print_exception": False}
 _EXAMPLES = 6
 _SIDE = 420  # pixels, of the pictures on the page
 _FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the network
-PARAMETERS = ("mode", "std", "length", "intensity", "kernel_seed", "kernel", "quality", "contrast")
+PARAMETERS = tuple(dict.fromkeys(name for task in TASKS for name in parameters(task)))  # in the order of `_widgets`
 THEME = gr.themes.Soft(primary_hue="teal", **_FONTS)
 
 

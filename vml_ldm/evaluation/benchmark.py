@@ -191,7 +191,8 @@ class Benchmark(comparison.Comparison):
     def equalise(self) -> None:
         """Give every solver the steps that `Plan.equal` asks for."""
         if self.plan.equal:
-            self.warm_up()
+            if self.plan.equal == "seconds":
+                self.warm_up()
             asked = (self.plan.methods, self.plan.tasks, self.plan.equal, self.rows.folder)
             self.plan = replace(self.plan, methods=equalise(*asked, self._spend))
 

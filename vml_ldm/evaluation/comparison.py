@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -200,13 +199,6 @@ class Comparison(ABC):
             path = self.result_file(method, place, case)
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-
-
-def timed(function: Callable[[], T], count: int) -> tuple[T, float]:
-    """The function's result and its seconds for each of `count` images."""
-    start = time.perf_counter()
-    result = function()
-    return result, (time.perf_counter() - start) / count
 
 
 def _chunks(items: Sequence[T], length: int) -> Iterator[Sequence[T]]:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from vml_ldm.evaluation import comparison, metrics
-from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth, timed
+from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
+from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.rows import Row, RowFile
 from vml_ldm.evaluation.sheet import draw_sheet
 from vml_ldm.evaluation.table import comparison_table
@@ -92,7 +93,7 @@ class Comparison(comparison.Comparison):
         truth = stack_truth(cases)
         known = stack_masks(mask, self.size, self.size, [case.seed for case in cases])
         solve = lambda: self._solve(method, cases, known, self.plan.common_arguments())  # noqa: E731
-        (raw, report), seconds = timed(solve, len(cases))
+        (raw, report), cost = measured(solve, self.pipe.device)
         pasted = seamless(truth, raw, known)  # stock too: what differs is the solver
         self.save_pictures(method, mask, cases, pasted)
         figures = zip(
@@ -104,7 +105,7 @@ class Comparison(comparison.Comparison):
         )
         outside = report.to_dict()["overhead"] if report else None
         return [
-            Row(*self.key(method, mask, case), *values, seconds, outside)
+            Row(*self.key(method, mask, case), *values, cost.seconds / len(cases), outside)
             for case, values in zip(cases, figures, strict=True)
         ]
 

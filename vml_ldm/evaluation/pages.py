@@ -16,63 +16,60 @@ class Task(NamedTuple):
         title: what is undone.
         text: what happened to the picture.
         operator: the operator in Python, with the names of `vml_ldm.operators`.
-        command: how the command line undoes it; "" where it cannot.
+        source: what the command line undoes it in; "" where it cannot.
     """
 
     title: str
     text: str
     operator: str
-    command: str
+    source: str
 
 
 _RESTORE = "vml-ldm restore {source} --task {task} -o result.png"
 _SIMULATE = "vml-ldm restore photo.png --task {task} --simulate -o result.png    # damages photo.png first"
-_INPAINT = "vml-ldm inpaint photo.png mask.png -o result.png    # white is repainted"
+_HOLE, _MASKED = "Mask(known)  # 1 = known", "photo.png mask.png"
+_INPAINT = "vml-ldm inpaint {source} -o result.png    # white is repainted"
 
 TASKS = {
     "sr4": Task(
         "Four times the resolution",
         "Both sides were made a quarter as long, by antialiased bicubic interpolation.",
         'Downsample(4, "bicubic")',
-        _RESTORE.format(source="small.png", task="sr4"),
+        "small.png",
     ),
     "sr8": Task(
         "Eight times the resolution",
         "Both sides were made an eighth as long, by antialiased bicubic interpolation.",
         'Downsample(8, "bicubic")',
-        _RESTORE.format(source="small.png", task="sr8"),
+        "small.png",
     ),
     "deblur": Task(
         "Out of focus",
         "A Gaussian blur of 3 pixels (standard deviation).",
         "GaussianBlur(3)",
-        _RESTORE.format(source="blurred.png", task="deblur"),
+        "blurred.png",
     ),
     "motion": Task(
         "Shaken",
         "Blur along a path of 15 pixels, drawn from a seed, another one for each image.",
         "MotionBlur(15, 0.5, seed=0)",
-        _RESTORE.format(source="shaken.png", task="motion"),
+        "shaken.png",
     ),
-    "box": Task("A hole", "A box in the middle is missing.", "Mask(known)  # 1 = known", _INPAINT),
-    "half": Task("Half of it", "The right half is missing.", "Mask(known)  # 1 = known", _INPAINT),
-    "random": Task(
-        "Scattered pixels", "80 % of the pixels are missing, drawn from a seed.", "Mask(known)  # 1 = known", _INPAINT
-    ),
-    "jpeg": Task(
-        "JPEG", "Compressed at quality 10.", "JPEG(10)", _RESTORE.format(source="small-file.jpg", task="jpeg")
-    ),
+    "box": Task("A hole", "A box in the middle is missing.", _HOLE, _MASKED),
+    "half": Task("Half of it", "The right half is missing.", _HOLE, _MASKED),
+    "random": Task("Scattered pixels", "80 % of the pixels are missing, drawn from a seed.", _HOLE, _MASKED),
+    "jpeg": Task("JPEG", "Compressed at quality 10.", "JPEG(10)", "small-file.jpg"),
     "colorize": Task(
         "Colours",
         "Only the lightness is left.",
         "Grayscale()",
-        _RESTORE.format(source="grey.png", task="colorize"),
+        "grey.png",
     ),
     "hdr": Task(
         "Clipped light",
         "The contrast was doubled about mid-grey: shadows and lights are lost.",
         "HDR(2)",
-        _RESTORE.format(source="clipped.png", task="hdr"),
+        "clipped.png",
     ),
     "phase": Task(
         "Phase retrieval",
@@ -84,6 +81,13 @@ TASKS = {
 }
 
 
+def commands(task: str) -> list[str]:
+    """How the command line undoes a task; none where it cannot."""
+    source = TASKS[task].source
+    forms = (_INPAINT,) if source == _MASKED else (_RESTORE, _SIMULATE) if source else ()
+    return [form.format(source=source, task=task) for form in forms]
+
+
 def write(task: str, groups: Sequence[Group], strip: str) -> str:
     """A task's page (Markdown).
 
@@ -93,8 +97,7 @@ def write(task: str, groups: Sequence[Group], strip: str) -> str:
     """
     words = TASKS[task]
     name = words.operator.partition("(")[0]
-    commands = [words.command, _SIMULATE.format(task=task)] if words.command.startswith("vml-ldm restore") else []
-    shell = ["```sh", *(commands or [words.command]), "```", ""] if words.command else []
+    shell = ["```sh", *found, "```", ""] if (found := commands(task)) else []
     return "\n".join(
         [
             f"# {words.title} (`{task}`)",

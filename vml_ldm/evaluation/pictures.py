@@ -20,6 +20,7 @@ from vml_ldm.evaluation.comparison import Case, stack_truth
 from vml_ldm.evaluation.methods import draw_measured
 from vml_ldm.evaluation.plots import draw_all
 from vml_ldm.evaluation.sheet import draw_sheet
+from vml_ldm.evaluation.table import Group
 from vml_ldm.images import load_image, to_pil
 
 _ON_SHEET, _ON_STRIP = 8, 4  # images
@@ -30,17 +31,17 @@ Rows = list[tuple[str, list[Image.Image]]]
 
 def draw_pictures(benchmark) -> None:
     """Write every picture that the benchmark's rows and results allow."""
-    drawn = {task: _drawn(benchmark, task) for task in benchmark.plan.tasks}
+    drawn, groups = {task: _drawn(benchmark, task) for task in benchmark.plan.tasks}, benchmark.groups()
     for task, cases in drawn.items():
         if cases:
             _draw_sheet(benchmark, task, cases[:_ON_SHEET])
-            _draw_page(benchmark, task, cases[:_ON_STRIP])
+            _draw_page(benchmark, task, cases[:_ON_STRIP], [group for group in groups if group.labels[0] == task])
         else:
             print(f"No sheet of {task}: {benchmark.rows.folder} has no image with the pictures of every method.")
     if all(drawn.values()):
         _draw_gallery(benchmark, drawn)
     if find_spec("matplotlib") is not None:
-        for name, figure in draw_all(benchmark.groups()).items():
+        for name, figure in draw_all(groups).items():
             figure.savefig(benchmark.rows.folder / f"{name}.png", dpi=110)
 
 
@@ -63,13 +64,12 @@ def _draw_sheet(benchmark, task: str, cases: Sequence[Case]) -> None:
     draw_sheet(rows, columns, per_band=len(cases)).save(benchmark.rows.folder / f"sheet-{task}.png")
 
 
-def _draw_page(benchmark, task: str, cases: Sequence[Case]) -> None:
+def _draw_page(benchmark, task: str, cases: Sequence[Case], groups: Sequence[Group]) -> None:
     place, folder = _middle(benchmark, task), benchmark.rows.folder / "tasks"
     first, *others = benchmark.methods_at(place)
     rows = _rows(benchmark, place, cases, [*(m for m in others if m.name in _SHOWN), first])
     folder.mkdir(exist_ok=True)
     draw_sheet(rows, [f"{task}, sigma_y = {place.sigma_y:g}"] * len(cases)).save(folder / f"{task}.png")
-    groups = [group for group in benchmark.groups() if group.labels[0] == task]
     (folder / f"{task}.md").write_text(pages.write(task, groups, f"{task}.png"), encoding="utf-8")
 
 
