@@ -26,7 +26,7 @@ from vml_ldm import vml_gradient
 from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior, in_units
 from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.operators import Mask, Measurement
-from vml_ldm.pipelines._common import PRESETS
+from vml_ldm.presets import PRESETS
 
 STEPS = 50  # stock's
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
