@@ -18,8 +18,7 @@ from torch.nn.functional import interpolate
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
 from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
-from vml_ldm.objective import own
-from vml_ldm.operators import Mask
+from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
 from vml_ldm.measuring import Measured, check_std, measure, settle, tell
-from vml_ldm.objective import Prior, own
-from vml_ldm.operators import Measurement
+from vml_ldm.objective import Prior
+from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, pick_levels, settings

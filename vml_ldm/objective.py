@@ -51,8 +51,8 @@ class Prior(Protocol):
 
     What else a prior may have: ``guide(x_t, z0_hat, alpha, sigma) -> z0_hat`` moves the estimate from which the next
     state is made (None: no). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
-    they are not), and lets an operator's own ``solve`` stand in for iterations. ``log_prob(x_t, alpha, sigma) -> (B,)``
-    is the log-density of x_t, which few priors know and only `vml_loss` asks for.
+    they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
+    ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
     """
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -261,11 +261,6 @@ def at_unit_size(pull: PullBack) -> PullBack:
         return pull(cotangent / size) * size
 
     return scaled
-
-
-def own(value):
-    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def linearise(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, PushForward, PullBack]:

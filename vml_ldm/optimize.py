@@ -24,7 +24,7 @@ from .objective import (
     denoise_pullback,
     linearise,
 )
-from .operators import Measurement, column, conjugate_gradients, dot, is_linear, squares, uncast
+from .operators import Measurement, column, conjugate_gradients, dot, is_linear, solves, squares, uncast
 
 JACOBIANS = ("exact", "free")
 PRECONDITIONERS = ("none", "gauss-newton")
@@ -202,7 +202,7 @@ def precondition(
     """
     operator, variance = measurement.operator, measurement.sigma_y**2
     rho, scale = variance / noise**2, getattr(prior, "pixel_scale", None)
-    if scale is not None and hasattr(operator, "solve"):  # H = scale A
+    if scale is not None and solves(operator):  # H = scale A
         return column(variance / scale**2, b) * operator.solve(b, rho / scale**2)
     normal = _normal_matrix(z0_hat, prior, measurement)
     solved = conjugate_gradients(lambda p: normal(p) + column(rho, p) * p, b, iterations=cg_steps, tolerance=0.0)

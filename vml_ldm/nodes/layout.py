@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
-from ..objective import own
-from ..operators import Measurement, Operator
+from ..operators import Measurement, Operator, own
 
 
 @contextmanager

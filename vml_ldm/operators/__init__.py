@@ -25,11 +25,11 @@ begin from. y has the image's dtype, float32 or float64 (complex for FourierLine
 tensors that an operator holds follow the image.
 """
 
-from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, dot, squares, uncast
+from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, dot, own, squares, uncast
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
 from .foreign import Custom, from_physics
 from .jpeg import JPEG
-from .measurement import Measurement, is_linear
+from .measurement import Measurement, is_linear, solves
 from .pointwise import HDR, Gamma, Grayscale
 from .sampling import Crop, Downsample, Mask, Subsample
 from .spectral import CompressedSensing, FourierLines, PhaseRetrieval
@@ -61,6 +61,8 @@ __all__ = [
     "from_physics",
     "is_linear",
     "motion_kernel",
+    "own",
+    "solves",
     "squares",
     "uncast",
 ]

@@ -22,6 +22,10 @@ class Operator(ABC):
 
     linear = False
 
+    def __setattr__(self, name: str, value) -> None:
+        """Tensors that an operator holds may meet autograd later, also if it is made in inference mode."""
+        super().__setattr__(name, own(value))
+
     @abstractmethod
     def __call__(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> y; the first axis stays the batch."""
@@ -29,6 +33,10 @@ class Operator(ABC):
     def count(self, y: Tensor) -> Tensor:
         """(B,): how many values of y were measured; a complex value is two."""
         return count_values(y)
+
+    def measured(self, y: Tensor) -> Tensor:
+        """y, with zero in place of values that tell nothing of the image, such as noise where a mask has nothing."""
+        return y
 
     def __matmul__(self, first: Callable[[Tensor], Tensor]) -> Compose:
         return Compose(first, self)
@@ -147,6 +155,11 @@ class Compose(LinearOperator):
         last = self.operators[-1]
         return last.count(y) if hasattr(last, "count") else count_values(y)
 
+    def measured(self, y: Tensor) -> Tensor:
+        """y as the last operator has measured it."""
+        last = self.operators[-1]
+        return last.measured(y) if hasattr(last, "measured") else y
+
 
 class NoStartError(TypeError):
     """An operator, or a part of one, knows no image to begin from."""
@@ -163,7 +176,12 @@ def start_of(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], b: Tensor, *, iterations: int = 200, tolerance: float = 1e-6
+    apply: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    iterations: int = 200,
+    tolerance: float | Tensor = 1e-6,
+    precondition: Callable[[Tensor], Tensor] = lambda r: r,
 ) -> Tensor:
     """x with ``apply(x) = b``, for a linear, symmetric and positive definite map; every item of the batch alone.
 
@@ -171,10 +189,12 @@ def conjugate_gradients(
         apply: (B, ...) -> (B, ...), which does not mix the batch.
         b: (B, ...), real.
         iterations: at most so many; `apply` is called once in each.
-        tolerance: an item rests once ``|b - apply(x)| <= tolerance |b|``.
+        tolerance: a number or (B,); an item rests once ``|b - apply(x)| <= tolerance |b|``, as the preconditioner
+            measures it.
+        precondition: an approximate inverse of `apply`, as linear, symmetric and positive definite as that.
     """
-    x, residual, direction, tiny = torch.zeros_like(b), b, b, torch.finfo(b.dtype).tiny
-    size = squares(residual)
+    x, residual, direction, tiny = torch.zeros_like(b), b, precondition(b), torch.finfo(b.dtype).tiny
+    size = dot(residual, direction)
     goal = tolerance**2 * size
     for _ in range(iterations):
         moving = size > goal
@@ -183,9 +203,18 @@ def conjugate_gradients(
         ahead = apply(direction)
         length = column(moving * size / dot(direction, ahead).clamp(min=tiny), b)
         x, residual = x + length * direction, residual - length * ahead
-        size, last = squares(residual), size
-        direction = residual + column(size / last.clamp(min=tiny), b) * direction
+        towards = precondition(residual)
+        size, last = dot(residual, towards), size
+        direction = towards + column(size / last.clamp(min=tiny), b) * direction
     return x
+
+
+def own(value):
+    """A tensor made in inference mode as one that autograd may save; anything else as it is."""
+    if not (isinstance(value, Tensor) and value.is_inference()):
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def uncast(x: Tensor) -> torch.autocast:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NoStartError, column, conjugate_gradients, count_values, expect, squares, start_of, uncast
+from .base import NoStartError, column, count_values, expect, squares, start_of, uncast
+from .smoothing import roughness_gradient, solve_smooth
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
 _SLOPE = 0.1  # rms difference of neighbouring pixels of a picture, about
-_COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
 _LEAST_NOISE = 0.01  # a noiseless y weighs as one with so much noise against the smoothness of a guess
-_SMOOTHING_STEPS = 100
 
 
 class Measurement:
@@ -72,7 +71,7 @@ class Measurement:
             )
 
     def residual(self, image: Tensor) -> Tensor:
-        """``y - A(image)``, the shape of y.
+        """``y - A(image)``, the shape of y; zero where y tells nothing (a mask's missing pixels).
 
         Raises:
             ValueError: ``A(image)`` has another shape than y.
@@ -84,7 +83,12 @@ class Measurement:
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
                 f"{tuple(self.y.shape)}; expected the same. Make y with this operator from images of this size."
             )
-        return self.y - seen
+        return self._told - seen
+
+    @cached_property
+    def _told(self) -> Tensor:
+        """y without what tells nothing of the image."""
+        return self.operator.measured(self.y) if hasattr(self.operator, "measured") else self.y
 
     def nll(self, image: Tensor) -> Tensor:
         """(B,): ``|y - A(image)|^2 / (2 sigma_y^2)``, the negative log-likelihood up to a constant."""
@@ -131,9 +135,8 @@ class Measurement:
     def smooth(self, image: Tensor, *, noise: float | Tensor, slope: float, of: Tensor | None = None) -> Tensor:
         """The minimiser x of ``|y - A x|^2 / noise^2 + R(x - of) / slope^2``, searched for from an image, not clamped.
 
-        ``R(v) = |grad v|^2 + 10 |grad (v - mean of its channels)|^2`` sums squared differences of neighbouring pixels:
-        a picture's colour is smoother than its lightness. At most 100 conjugate gradients; what neither y nor R tells,
-        or what they do not reach (far inside a large hole), stays as it is in the image.
+        ``R(v) = |grad v|^2 + 10 |grad (v - mean of its channels)|^2`` sums squared differences of neighbouring pixels
+        (see `smoothing.solve_smooth`). What neither y nor R tells stays as it is in the image.
 
         Args:
             image: (B, 3, H, W).
@@ -149,12 +152,8 @@ class Measurement:
         weight = column(torch.as_tensor(noise / slope, dtype=image.dtype, device=image.device), image) ** 2
         rough = image if of is None else image - of
         with uncast(image):
-            return image + conjugate_gradients(
-                lambda v: self.operator.adjoint(self.operator(v)) + weight * _roughness(v),
-                self.operator.adjoint(self.residual(image)) - weight * _roughness(rough),
-                iterations=_SMOOTHING_STEPS,
-                tolerance=1e-3,
-            )
+            b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
+            return image + solve_smooth(self.operator, b, weight)
 
     def _search(self, image: Tensor, steps: int) -> Tensor:
         """Least squares from an image, see `guess`."""
@@ -193,8 +192,6 @@ def is_linear(operator) -> bool:
     return getattr(operator, "linear", False) and hasattr(operator, "adjoint")
 
 
-def _roughness(image: Tensor) -> Tensor:
-    """Half the gradient of R of `Measurement.smooth`; the image's edges are free."""
-    x = image + _COLOUR * (image - image.mean(1, keepdim=True))
-    down, right = x.diff(dim=2), x.diff(dim=3)
-    return -F.pad(down, (0, 0, 1, 1)).diff(dim=2) - F.pad(right, (1, 1)).diff(dim=3)
+def solves(operator) -> bool:
+    """Whether it is linear and says that its ``solve`` has a closed form."""
+    return is_linear(operator) and getattr(operator, "closed_form", False)

@@ -57,6 +57,10 @@ class Mask(LinearOperator):
         squares = self.mask.square().sum(dim=(1, 2, 3)) * y.shape[1] * (1 + y.is_complex())
         return squares.expand(len(y)).to(y.real)
 
+    def measured(self, y: Tensor) -> Tensor:
+        """y, zero where m = 0: there it is noise alone."""
+        return torch.where(self._mask(y, "y") > 0, y, 0)
+
     def _mask(self, x: Tensor, name: str) -> Tensor:
         mask = self.mask
         if x.ndim != 4 or x.shape[2:] != mask.shape[2:] or len(mask) not in (1, len(x)):

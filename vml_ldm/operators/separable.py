@@ -71,8 +71,9 @@ class Separable(LinearOperator):
         """The matrix of n pixels, or its thin SVD (U, s, V), as ``like`` wants it."""
         key = (what, n, like.dtype, like.device)
         if key not in self._kept:
-            made = (self._matrix(n),) if what == "matrix" else _svd(self._matrix(n))
-            self._kept[key] = tuple(part.to(like) for part in made)
+            with torch.inference_mode(False):  # what is kept may meet autograd later
+                made = (self._matrix(n),) if what == "matrix" else _svd(self._matrix(n))
+                self._kept[key] = tuple(part.to(like) for part in made)
         return self._kept[key]
 
 

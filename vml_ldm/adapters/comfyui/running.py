@@ -11,7 +11,7 @@ from comfy.model_management import load_models_gpu
 from comfy.samplers import KSAMPLER, SCHEDULER_NAMES, CFGGuider, calculate_sigmas
 from torch import Tensor, nn
 
-from ...objective import own
+from ...operators import own
 from ...solve import Level, Levels
 from .prior import ComfyPrior, is_flow
 
