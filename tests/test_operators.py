@@ -28,6 +28,7 @@ from vml_ldm.operators import (
     Gamma,
     GaussianBlur,
     Grayscale,
+    LinearCustom,
     Mask,
     Measurement,
     MotionBlur,
@@ -476,8 +477,27 @@ def test_custom_says_what_its_functions_return():
         Custom(lambda z: z.sum(1), lambda z, c: c[:, None])(x).sum().backward()
     with pytest.raises(TypeError, match="forward returned list; expected a tensor"):
         Custom(lambda z: z.tolist(), lambda z, c: c)(x)
+    with pytest.raises(TypeError, match="vjp returned float; expected a tensor"):
+        Custom(torch.sin, lambda z, c: 1.0)(x).sum().backward()
     with pytest.raises(TypeError, match="vjp is None; expected a function"):
         Custom(torch.sin, None)
+
+
+def test_a_linear_custom_is_an_operator_with_all_that_follows_from_its_adjoint():
+    """Through NumPy, where torch has no derivative: adjoint, gradient, solve and start are the operator's it wraps."""
+    blur = GaussianBlur(1.0)
+    custom = LinearCustom(
+        lambda x: torch.from_numpy(blur(x).numpy().copy()), lambda y: torch.from_numpy(blur.adjoint(y).numpy().copy())
+    )
+    x, c = images().requires_grad_(), images(seed=1)
+    assert torch.allclose(torch.autograd.grad(custom(x), x, c)[0], blur.adjoint(c))
+    assert torch.allclose(custom.solve(c, 0.1), blur.solve(c, 0.1), rtol=0, atol=1e-4)
+    assert torch.allclose(custom.start(c), blur.start(c), rtol=0, atol=1e-4)
+    measurement = Measurement(custom, blur(images()), 0.1)
+    measurement.check(SIZE)
+    assert torch.allclose(measurement.guess(SIZE), Measurement(blur, blur(images()), 0.1).guess(SIZE), atol=1e-4)
+    with pytest.raises(TypeError, match="adjoint is None; expected a function"):
+        LinearCustom(torch.sin, None)
 
 
 def test_any_object_with_a_and_its_adjoint_is_a_physics():
@@ -665,6 +685,7 @@ def test_sizes_that_do_not_fit_are_named():
         (lambda: MotionBlur(0), ValueError, "length is 0; expected > 0"),
         (lambda: MotionBlur(5, 2), ValueError, "intensity is 2; expected"),
         (lambda: Grayscale((1, 0)), ValueError, "expected three"),
+        (lambda: NonlinearBlur(Gamma(2)), TypeError, "expected a linear operator"),
         (lambda: HDR(0), ValueError, "scale is 0"),
         (lambda: HDR(2, 2), ValueError, "pivot is 2"),
         (lambda: Gamma(-1), ValueError, "gamma is -1"),
@@ -689,7 +710,7 @@ def test_bad_arguments_are_named(make, error, text):
 
 def test_every_public_operator_is_in_the_table():
     seen = {type(operator) for operator, _ in BOTH.values()}
-    bases = {operators.Operator, operators.LinearOperator, Custom}
+    bases = {operators.Operator, operators.LinearOperator, Custom, operators.LinearCustom}
     public = {getattr(operators, name) for name in operators.__all__}
     assert {kind for kind in public if isinstance(kind, type) and issubclass(kind, operators.Operator)} == seen | bases
 

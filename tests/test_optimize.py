@@ -7,7 +7,7 @@ import torch
 from gaussian import GaussianPrior, Linear, random_problem
 from test_objective import SCALES
 
-from vml_ldm.objective import linearise, vml_bracket, vml_gradient
+from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
 from vml_ldm.optimize import InnerStep, descend, precondition
 
@@ -220,3 +220,11 @@ def test_a_batch_is_what_its_images_are_alone(step):
 def test_bad_steps_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         InnerStep(**wrong)
+
+
+def test_a_residual_that_is_not_finite_is_no_rest():
+    prior, h, y = random_problem()
+    prior.decode = lambda z: z * float("nan")
+    measurement = Measurement(Linear(h), y, 0.1)
+    with pytest.raises(NonFiniteError, match=r"residual .*nan.*expected finite"):
+        descend(draw(1, 1, 1, 6), prior=prior, measurement=measurement, alpha=1.0, sigma=1.0, steps=1)

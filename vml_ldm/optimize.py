@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .objective import (
     DataTerm,
+    NonFiniteError,
     Prior,
     PullBack,
     bracket,
@@ -125,6 +126,11 @@ def descend(
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
         residual, nll = measurement.rms(data.residual), data.nll
+        if not residual.isfinite().all():
+            raise NonFiniteError(
+                f"the residual of the clean estimate is {residual.tolist()} at noise {sigma / alpha:.3g}; expected "
+                "finite values. Look for NaN in y, or for a denoiser or decoder that overflows there."
+            )
         moving = residual > stop_at * measurement.sigma_y
         if not moving.any():
             return Descent(x_t, z0_hat, residual, nll, taken)

@@ -61,6 +61,15 @@ class RedDiff:
     lr: float = 0.1
     optimizer: Callable[..., Optimizer] = ADAM
 
+    @classmethod
+    def for_latents(cls, **settings) -> RedDiff:
+        """Our defaults behind a VAE: lambda = 1/16, else the authors'. Settings by name replace them.
+
+        Of lambda in 1/64, 1/16, 1/4, 1 and lr in 0.1, 0.5 it has the best mean PSNR over the benchmark's eleven tasks
+        (four validation images, noise 0.01); tasks that see all of the image want less prior, large holes want more.
+        """
+        return cls(**{"lambda_": 1 / 16} | settings)
+
     def __post_init__(self):
         check_red_choices(self.weighting, lambda_=self.lambda_, obs_weight=self.obs_weight, s=self.s, lr=self.lr)
 

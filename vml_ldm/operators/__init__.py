@@ -18,7 +18,8 @@ observed, ``y = A(x0) + n`` with ``n ~ N(0, sigma_y^2 I)``.
     NonlinearBlur        blur of light, then a tone curve      nonlinear: start only
     PhaseRetrieval       |F x|, oversampled                    nonlinear: start only
 
-``Compose(a, b)``, or ``b @ a``, is first a, then b; `Custom` takes a function and its vector-Jacobian product;
+``Compose(a, b)``, or ``b @ a``, is first a, then b; `Custom` takes a function and its vector-Jacobian product,
+`LinearCustom` one and its adjoint;
 `from_physics` takes deepinv's. All of them say whether they are ``linear``. A linear one has ``adjoint(y)``,
 ``pinv(y)`` and ``solve(b, rho) = (A^T A + rho I)^-1 b`` (`LinearOperator`); ``start(y)`` is an image in [0, 1] to
 begin from. y has the image's dtype, float32 or float64 (complex for FourierLines), and its device: at each call the
@@ -27,7 +28,7 @@ tensors that an operator holds follow the image.
 
 from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, dot, own, squares, uncast
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
-from .foreign import Custom, from_physics
+from .foreign import Custom, LinearCustom, from_physics
 from .jpeg import JPEG
 from .measurement import Measurement, is_linear, solves
 from .pointwise import HDR, Gamma, Grayscale
@@ -47,6 +48,7 @@ __all__ = [
     "Gamma",
     "GaussianBlur",
     "Grayscale",
+    "LinearCustom",
     "LinearOperator",
     "Mask",
     "Measurement",

@@ -157,6 +157,8 @@ class NonlinearBlur(Compose):
     """
 
     def __init__(self, blur: LinearOperator, gamma: float = 2.2):
+        if not getattr(blur, "linear", False):
+            raise TypeError(f"blur is {blur!r}; expected a linear operator, such as MotionBlur(25).")
         super().__init__(Gamma(gamma, toe=_TOE), blur, Gamma(1 / gamma, toe=_TOE**gamma))
 
 

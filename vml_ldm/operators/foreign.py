@@ -37,6 +37,33 @@ class Custom(Operator):
         return _PulledBack.apply(image, self.forward, self.vjp)
 
 
+class LinearCustom(LinearOperator):
+    """A linear operator given by two functions that torch need not differentiate: ``y = A x`` and ``A^T y``.
+
+    pinv and solve take conjugate gradients.
+
+    Args:
+        forward: image (B, 3, H, W) -> y, run without a graph.
+        adjoint: y -> image (B, 3, H, W), with ``Re <A x, y> = <x, A^T y>``.
+
+    Raises:
+        TypeError: an argument that cannot be called; at the call, a result that is no tensor.
+        ValueError: in the backward pass, a result of adjoint that is not shaped like the image.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
+        self._custom = Custom(forward, lambda image, cotangent: adjoint(cotangent))
+        if not callable(adjoint):
+            raise TypeError(f"adjoint is {adjoint!r}; expected a function.")
+        self._adjoint = adjoint
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self._custom(image)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._adjoint(y)
+
+
 class _PulledBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, forward: Callable, vjp: Callable) -> Tensor:
@@ -54,6 +81,8 @@ class _PulledBack(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         (image,) = ctx.saved_tensors
         gradient = ctx.vjp(image, cotangent)
+        if not isinstance(gradient, Tensor):
+            raise TypeError(f"vjp returned {type(gradient).__name__}; expected a tensor shaped like the image.")
         if gradient.shape != image.shape:
             raise ValueError(
                 f"vjp returned shape {tuple(gradient.shape)}; expected the image's, {tuple(image.shape)}: "
@@ -91,7 +120,10 @@ class _Physics(Operator):
     def start(self, y: Tensor) -> Tensor:
         if not hasattr(self.physics, "A_dagger"):
             raise NoStartError(f"{type(self.physics).__name__} has no A_dagger to begin from. Begin from noise.")
-        return self.physics.A_dagger(y).clamp(0, 1)
+        image = self.physics.A_dagger(y)
+        if image.is_complex():
+            raise NoStartError(f"{type(self.physics).__name__}.A_dagger gives complex values. Begin from noise.")
+        return image.clamp(0, 1)
 
 
 class _LinearPhysics(LinearOperator):
