@@ -38,6 +38,13 @@ def test_calls_are_counted(jacobian, vjps):
     assert calls["decode"] == 2 * 12 + 1 and calls["decode_vjp"] == 12
 
 
+def test_the_last_level_may_take_more_steps():
+    _, _, y = random_problem()
+    more, same = solve(start(), y, inner_steps=2, last_steps=20, stop_at=0), solve(start(), y, inner_steps=2, stop_at=0)
+    assert [level["steps"] for level in more.trace] == [[2], [2], [2], [20]]
+    assert more.residual < same.residual
+
+
 def test_a_batch_is_what_its_images_are_alone():
     """Step length, stopping and noise are per image."""
     _, _, y = random_problem()
@@ -86,7 +93,7 @@ def test_bad_levels_are_refused(scales, renoise):
         Levels(scales, renoise=renoise)
 
 
-@pytest.mark.parametrize("options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}])
+@pytest.mark.parametrize("options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}])
 def test_bad_choices_are_refused_before_any_work(options):
     _, _, y = random_problem()
     with pytest.raises(ValueError, match="expected"):

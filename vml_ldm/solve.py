@@ -144,6 +144,7 @@ def vml_map(
     measurement: Measurement,
     schedule: Schedule,
     inner_steps: int = 5,
+    last_steps: int | None = None,
     jacobian: str = "exact",
     stop_at: float = 1.0,
     generator: Generators = None,
@@ -159,6 +160,7 @@ def vml_map(
         measurement: y, its operator and noise; the operator sees images.
         schedule: the noise levels.
         inner_steps: K >= 0, steps at a level at the most. 0 samples from the prior.
+        last_steps: K at the last level, whose estimate is the answer. None: as at the others.
         jacobian: "exact" or "free" (no backward pass through the denoiser).
         stop_at: an image rests within a level while rms(residual) <= stop_at * sigma_y.
         generator: one, or one for each image (then a batch is what its images are alone).
@@ -180,6 +182,7 @@ def vml_map(
         measurement=measurement,
         schedule=schedule,
         inner_steps=inner_steps,
+        last_steps=last_steps,
         jacobian=jacobian,
         stop_at=stop_at,
         generator=generator,
@@ -207,6 +210,7 @@ def vml_levels(
     measurement: Measurement,
     schedule: Schedule,
     inner_steps: int = 5,
+    last_steps: int | None = None,
     jacobian: str = "exact",
     stop_at: float = 1.0,
     generator: Generators = None,
@@ -215,14 +219,17 @@ def vml_levels(
     draft: Prior | None = None,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
-    check_choices(inner_steps, jacobian)
-    priors = [prior if draft is None else draft] * (levels_above(stop_prior_at, schedule) - 1) + [prior]
-    return _levels(x_T, priors, measurement, schedule, inner_steps, jacobian, stop_at, generator, step)
+    last_steps = inner_steps if last_steps is None else last_steps
+    for steps in (inner_steps, last_steps):
+        check_choices(steps, jacobian)
+    before = levels_above(stop_prior_at, schedule) - 1
+    levels = [(prior if draft is None else draft, inner_steps)] * before + [(prior, last_steps)]
+    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step)
 
 
-def _levels(x_t, priors, measurement, schedule, inner_steps, jacobian, stop_at, generator, step):
-    count = len(priors)
-    for i, prior in enumerate(priors):
+def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step):
+    count = len(levels)
+    for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
         guide = getattr(prior, "guide", None)
         with torch.no_grad():
