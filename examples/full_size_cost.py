@@ -23,10 +23,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from torch import nn
 
 from vml_ldm import vml_gradient
-from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior, in_units
+from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior
 from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.operators import Mask, Measurement
 from vml_ldm.presets import PRESETS
+from vml_ldm.report import in_units
 
 STEPS = 50  # stock's
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
