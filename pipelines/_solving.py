@@ -316,7 +316,7 @@ class SolvingMixin:
 
     def _draft(self, prior: GuidedPrior) -> Prior:
         """The prior with the small decoder, which is moved to where the VAE is."""
-        return prior.draft(self.gradient_vae.to(self._execution_device, self.vae.dtype))
+        return prior.draft(nn.Module.to(self.gradient_vae, self._execution_device, self.vae.dtype))
 
     def _follow(
         self, a: SimpleNamespace, solving: Iterator[Level], count: int, timesteps: Tensor, tensors: dict, prior: Metered
