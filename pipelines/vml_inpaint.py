@@ -99,7 +99,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             memory: how graphs are kept. "fast": all at once. "low": as little as keeps gradient and tiles as they are.
                 "auto": the fastest way that fits the free memory. Or a budget in bytes above the networks' weights, a
                 number or "4GiB": the fastest way whose predicted peak fits it, down to smaller tiles and Jacobian-free
-                steps (if `jacobian` is None). See `vml_ldm.adapters.diffusers.memory`; `report.memory` says which.
+                steps (if `jacobian` is None), of which the log warns. Levels that draw with `gradient_vae` and those
+                that draw with the VAE get a way of their own. `report.memory` says which; see
+                `vml_ldm.adapters.diffusers.memory`, also for what attention slicing and xformers save.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.

@@ -18,10 +18,10 @@ too, as diffusers' own tiling would. Jacobian-free steps are another direction (
 Levels that draw with a small decoder have a plan of their own: what the VAE's decoder needs is paid for only where it
 draws. A small decoder is never checkpointed.
 
-Attention and memory: PyTorch's fused attention (SDPA, the default) and xformers' keep no matrix of all pairs of pixels,
-with and without a graph, so xformers saves nothing over SDPA. Attention slicing makes that matrix slice by slice: where
-a fused kernel is at work it saves nothing, elsewhere it saves memory in passes without a graph only, since a graph
-keeps every slice. Predictions count the attention that is set.
+What attention takes: PyTorch's fused kernels (SDPA, the default) and xformers' make no matrix of all pairs of pixels,
+neither in a pass nor for its graph, so xformers saves nothing over SDPA. Attention slicing goes back to that matrix, a
+slice at a time: over unfused attention it saves in passes without a graph, over SDPA nothing; a graph keeps every
+slice, so that slicing takes more than SDPA. All three are honoured, and predictions count what is set.
 """
 
 from __future__ import annotations
