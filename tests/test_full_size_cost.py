@@ -40,7 +40,7 @@ def test_the_narrow_form_runs(cost, monkeypatch, capsys):
     lines = run()
     assert sum(line.startswith(("UNet", "encode", "decode", "step")) for line in lines) == len(cost.MEASUREMENTS)
     assert sum(line.startswith("balanced, ") for line in lines) == len(cost.WHOLE)
-    assert any(line.startswith("balanced with the small decoder, the fastest within 1.25 x") for line in lines)
+    assert any(line.startswith("small decoder, the fastest within 1.25 x of stock's peak: bal") for line in lines)
 
 
 def made_up(cost, **seconds):
@@ -65,5 +65,8 @@ def test_what_was_reached_is_told(cost, capsys):
     found["step", "one graph"]["peak"] = 100
     cost.tell_whole(found)
     out = capsys.readouterr().out
-    assert "stock" in out and "balanced, small decoder, one graph; last level low" in out
-    assert "balanced with the full decoder, the fastest within 2.0 x of stock's peak: balanced, full decoder ch" in out
+    assert "stock" in out and "balanced, small decoder one graph, last level low" in out
+    assert "full decoder, the fastest within 2.0 x of stock's peak: balanced, full decoder checkpointed: 1.96 x" in out
+    found["step", "low"]["peak"] = 100
+    cost.tell_whole(found)
+    assert """memory="low", the fastest within 1.5 x of stock's peak: none""" in capsys.readouterr().out

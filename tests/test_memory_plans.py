@@ -412,8 +412,12 @@ def test_each_decoder_s_levels_get_the_fastest_plan_that_fits(pipe):
     fast = solve(pipe, memory="fast")
     drafts, full = fast.report.memory["draft_predicted"], fast.report.memory["predicted"]
     assert drafts < 0.8 * full
-    out = solve(pipe, memory=(drafts + full) // 2)
+    with LiveBytes() as count:
+        count.leave_out(p for network in (pipe.unet, pipe.vae, pipe.text_encoder) for p in network.parameters())
+        out = solve(pipe, memory=(drafts + full) // 2)
     told = out.report.memory
+    images = 12 * out.images.nbytes  # what a solve keeps beside its networks
+    assert count.peak - images < 1.2 * max(told["predicted"], told["draft_predicted"]) < full
     assert told["draft_plan"] == "one graph" and "checkpointed" in told["plan"] and told["predicted"] < full
     assert relative(out.images, fast.images) < 1e-3
     assert f"; memory: {told['plan']} (at most about " in out.report.text()
@@ -446,7 +450,10 @@ def test_bad_memory_is_refused_before_any_work(pipe):
         solve(pipe, memory="lots")
 
 
-@pytest.mark.parametrize(("way", "tiled"), [("model", True), ("sequential", True), ("group", True), ("cast", False)])
+@pytest.mark.parametrize(
+    ("way", "tiled"),
+    [("model", True), ("sequential", True), ("sequential", False), ("group", True), ("block", False), ("cast", False)],
+)
 def test_low_memory_goes_with_offloading(pipe, way, tiled, tmp_path):
     if way == "cast":
         for network in (pipe.unet, pipe.vae):
@@ -459,6 +466,9 @@ def test_low_memory_goes_with_offloading(pipe, way, tiled, tmp_path):
         pipe.enable_model_cpu_offload(device="cpu")
     elif way == "group":
         pipe.enable_group_offload("cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    elif way == "block":
+        blocks = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        pipe.enable_group_offload("cpu", **blocks, offload_to_disk_path=str(tmp_path))
     for network in (pipe.unet, pipe.vae):
         if way == "sequential":
             cpu_offload(network, CPU, offload_buffers=True)
@@ -466,6 +476,7 @@ def test_low_memory_goes_with_offloading(pipe, way, tiled, tmp_path):
             network.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     out = solve(pipe, **short)
     assert relative(out.images, images) < 1e-4 and ("tiles" in out.report.memory["plan"]) == tiled
+    assert ("checkpointed twice" in out.report.memory["plan"]) != tiled
 
 
 def test_half_precision_goes_with_low_memory(pipe):

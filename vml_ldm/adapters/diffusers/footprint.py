@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...objective import PullBack
 from .memory import Footprint, Plan, predict
-from .precision import Guard, is_checkpointed
+from .precision import Guard, can_checkpoint, is_checkpointed
 
 logger = logging.getLogger(__name__)
 _torch_logger = logging.getLogger("torch._subclasses.fake_tensor")
@@ -293,6 +293,7 @@ def _skeleton(network: nn.Module, dtype: torch.dtype, device: torch.device) -> n
     _give_weights(skeleton, dtype, device)
     if is_checkpointed(network):
         skeleton.enable_gradient_checkpointing()
+    skeleton._supports_gradient_checkpointing = can_checkpoint(network)
     if sliced := _sliced(network):
         own = {name: SlicedAttnProcessor(size) for name, size in sliced.items()}
         skeleton.set_attn_processor({**skeleton.attn_processors, **own})
@@ -312,7 +313,8 @@ def _give_weights(skeleton: nn.Module, dtype: torch.dtype, device: torch.device)
 
 def _identity(network: nn.Module) -> tuple:
     """What a skeleton depends on."""
-    return type(network), repr(dict(network.config)), network.dtype, is_checkpointed(network), repr(_sliced(network))
+    checkpointing = is_checkpointed(network), can_checkpoint(network)
+    return type(network), repr(dict(network.config)), network.dtype, *checkpointing, repr(_sliced(network))
 
 
 def _sliced(network: nn.Module) -> dict[str, int]:

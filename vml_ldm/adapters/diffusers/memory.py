@@ -117,7 +117,7 @@ class Fitted(NamedTuple):
 
     @property
     def is_over(self) -> bool:
-        """Whether the budget is exceeded, as it may be where it is no limit of the caller's."""
+        """Whether a plan takes more than its budget, as the last that "auto" has may."""
         known = [c for c in filter(None, self) if c.predicted is not None and c.budget is not None]
         return any(chosen.predicted > chosen.budget for chosen in known)
 
@@ -211,7 +211,7 @@ def choose(
 ) -> Chosen:
     """The first plan that fits.
 
-    "fast" takes the first one. "low" takes what needs least while steps and the VAE's tiles stay what they are. "auto"
+    "fast" takes the first one. "low" takes what needs least with exact steps and the VAE's own tiles or none. "auto"
     takes the first that fits a share of the free memory, or the last if none does; where that is plenty for so many
     latents, nothing is predicted (a prediction takes seconds, once for each size).
 

@@ -62,7 +62,7 @@ class Guard:
         self._leave_checkpointing()
         self._checkpointed = times
         for network in networks if times else ():
-            if not getattr(network, "_supports_gradient_checkpointing", False) or is_checkpointed(network):
+            if not can_checkpoint(network) or is_checkpointed(network):
                 continue
             self._note(_CHECKPOINTING, network.modules())
             network.enable_gradient_checkpointing()
@@ -227,6 +227,18 @@ def _is_hooked(network: nn.Module) -> bool:
 def is_checkpointed(network: nn.Module) -> bool:
     """Whether a backward pass runs parts of the network again."""
     return getattr(network, "is_gradient_checkpointing", False)
+
+
+def can_checkpoint(network: nn.Module) -> bool:
+    """Whether a backward pass may run parts of the network again.
+
+    Not where diffusers offloads it block by block: the parts are inside blocks, whose weights are away by then.
+    """
+    registries = (getattr(module, "_diffusers_hook", None) for module in network.modules())
+    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+    parts = [part for hook in hooks if hook is not None for part in hook.group.modules]
+    blocks = any(next(part.children(), None) is not None for part in parts)
+    return getattr(network, "_supports_gradient_checkpointing", False) and not blocks
 
 
 def device_of(network: nn.Module, x: Tensor) -> torch.device:
