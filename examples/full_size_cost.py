@@ -5,7 +5,8 @@
 
 The networks have Stable Diffusion 1.5's configuration and random weights: neither time nor memory depends on values.
 Each measurement is a process of its own. Its peak is that of the process (on a GPU, of its tensors) above what it held
-with the weights in place; the prediction is what `memory=` chooses by. Whole images are added up from calls.
+with the weights in place; the prediction is what `memory=` chooses by. Whole images are added up from calls, as if no
+inner step were saved by stopping at the noise.
 """
 
 from __future__ import annotations
@@ -23,27 +24,39 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from torch import nn
 
 from vml_ldm import vml_gradient
-from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior, in_units
+from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior
 from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.operators import Mask, Measurement
 from vml_ldm.presets import PRESETS
+from vml_ldm.report import in_units
 
 STEPS = 50  # stock's
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
 PLANS = {
     "one graph": Plan(),
-    "checkpointed": Plan(checkpointed=True),
-    "low": Plan(checkpointed=True, denoiser_again=True),
-    "half tiles": Plan(checkpointed=True, denoiser_again=True, decoder_again=True, tiles=2),
+    "checkpointed": Plan(checkpointed=1),
+    "one at a time": Plan(checkpointed=1, denoiser_again=True),
+    "low": Plan(checkpointed=2, denoiser_again=True),
+    "half tiles": Plan(checkpointed=1, denoiser_again=True, decoder_again=True, tiles=2),
 }
+FREE = "Jacobian-free"  # not measured: a forward pass of the UNet, and the decoder as "low" has it
 FORWARD = ("UNet", "UNet, batch of 2", "encode", "decode", "decode, small")
 WITH_VJP = ("UNet with VJP", "decode with VJP", "decode with VJP, small")
 STEP = ("step", "step, small")  # an inner step's gradient: both networks and their VJPs
 MEASUREMENTS = [
     *((call, "one graph") for call in (*FORWARD, *WITH_VJP, *STEP)),
     *((call, "checkpointed") for call in (*WITH_VJP[:2], *STEP)),
-    *((call, "low") for call in STEP),
-    *((call, "half tiles") for call in ("decode with VJP", "step")),
+    ("step", "one at a time"),
+    *((call, "low") for call in ("decode with VJP", "step")),
+    *((call, "half tiles") for call in ("decode", "decode with VJP", "step")),
+]
+WHOLE = [  # plans of the levels that draw with the VAE, and of those with the small decoder
+    *((plan, None) for plan in PLANS),
+    ("one graph", "one graph"),
+    ("low", "one graph"),
+    ("low", "checkpointed"),
+    ("half tiles", "checkpointed"),
+    (FREE, FREE),
 ]
 
 
@@ -94,7 +107,7 @@ def measure(call: str, plan: str, small: bool, device: str) -> dict:
     prior.condition = {name: value.expand(batch, -1, -1) for name, value in prior.condition.items()}
     predicted = None
     if call in STEP:
-        predicted = Footprints(prior, z.shape, tiny, z.device).need(prior.plan)
+        predicted = Footprints(prior, z.shape, tiny, z.device).need(prior.plan, drafting=tiny is not None)
     with prior, torch.no_grad():
         drawn = prior if tiny is None else prior.draft(tiny)
         run = {
@@ -158,38 +171,70 @@ def measure_apart(call: str, plan: str, options: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def whole_image(found: dict, preset: str, plan: str, small: bool) -> tuple[float, int]:
-    """Seconds and peak of one of our images with guidance, at stock's number of steps."""
-    second = lambda call, plan="one graph": found[call, plan]["seconds"]  # noqa: E731
+def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple[float, int]:
+    """Seconds and peak of one of our images with guidance, at stock's number of steps, if no inner step is saved.
+
+    Args:
+        found: what was measured, by call and plan.
+        plan, draft: of the last level and of the others, which draw with the small decoder; None: all levels are alike.
+    """
     levels, inner = PRESETS[preset].split(STEPS)
-    drafts = levels - 1 if small else 0
-    steps = inner * (second("step", plan) + second("decode")) * (levels - drafts)
-    if drafts:
-        steps += inner * (second("step, small", plan) + second("decode, small")) * drafts
-    others = (2 * levels - 1) * second("UNet") + second("encode") + 2 * second("decode")
-    calls = [("step", plan), ("UNet", "one graph"), ("encode", "one graph"), ("decode", "one graph")]
-    return steps + others, max(found[call]["peak"] for call in calls)
+    drafts = 0 if draft is None else levels - 1
+    steps = [
+        (inner * (levels - drafts), _step(found, plan, "")),
+        (inner * drafts, _step(found, draft or plan, ", small")),
+    ]
+    steps = [(count, cost) for count, cost in steps if count]
+    ends = [
+        (1, _of(found, "encode", plan)),
+        (2, _of(found, "decode", plan)),
+        (2 * levels - 1, _of(found, "UNet", plan)),
+    ]
+    costs = [*steps, *ends]
+    return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
+
+
+def _step(found: dict, plan: str, decoder: str) -> tuple[float, int]:
+    """Seconds and peak of an inner step: the gradient, and a decode for its length."""
+    gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
+    costs = [_of(found, call, plan) for call in (*gradient, f"decode{decoder}")]
+    return sum(seconds for seconds, _ in costs), max(peak for _, peak in costs)
+
+
+def _of(found: dict, call: str, plan: str) -> tuple[float, int]:
+    """Of a call under a plan; what no plan changes was measured under one."""
+    plan = "low" if plan == FREE else plan
+    row = found.get((call, plan), found[call, "one graph"])
+    return row["seconds"], row["peak"]
 
 
 def tell_whole(found: dict) -> None:
     weights = found["step", "one graph"]["weights"]
-    second = lambda call: found[call, "one graph"]["seconds"]  # noqa: E731
-    stock = STEPS * second("UNet, batch of 2") + second("encode") + second("decode")
-    peak = max(found[call, "one graph"]["peak"] for call in ("UNet, batch of 2", "encode", "decode"))
+    calls = [(STEPS, "UNet, batch of 2"), (1, "encode"), (1, "decode")]
+    costs = [(count, _of(found, call, "one graph")) for count, call in calls]
+    stock = sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
     print(f"\none image, {STEPS} steps, guidance; weights of UNet and VAE: {in_units(weights)}\n")
-    print(f"{'':44}{'seconds':>10}{'x stock':>9}{'peak above':>13}{'x stock, with weights':>24}")
-    rows = [("stock", stock, peak)]
+    print(f"{'':62}{'seconds':>10}{'x stock':>9}{'peak above':>13}{'x stock, with weights':>24}")
+    rows = [("stock", None, *stock)]
     for preset in PRESETS:
-        for plan in ("one graph", "checkpointed", "low", "half tiles"):
-            for small in (False, True):
-                if not small or ("step, small", plan) in found:
-                    name = f"{preset}, {plan}, {'small' if small else 'full'} decoder"
-                    rows.append((name, *whole_image(found, preset, plan, small)))
-    for name, seconds, above in rows:
-        print(
-            f"{name:44}{seconds:10.1f}{seconds / stock:9.2f}{in_units(above):>13}"
-            f"{(above + weights) / (peak + weights):24.2f}"
-        )
+        for plan, draft in WHOLE:
+            decoder = "full decoder" if draft is None else f"small decoder {draft}, last level"
+            rows.append((f"{preset}, {decoder} {plan}", draft, *whole_image(found, preset, plan, draft)))
+    rows = [(*row, row[2] / stock[0], (row[3] + weights) / (stock[1] + weights)) for row in rows]
+    for name, _, seconds, above, time_ratio, peak_ratio in rows:
+        print(f"{name:62}{seconds:10.1f}{time_ratio:9.2f}{in_units(above):>13}{peak_ratio:24.2f}")
+    print()
+    balanced = [row for row in rows[1:] if row[0].startswith("balanced") and FREE not in row[0]]
+    _tell_aim("small decoder", 1.25, [row for row in balanced if row[1] is not None])
+    _tell_aim("full decoder", 2.0, [row for row in balanced if row[1] is None])
+    _tell_aim('memory="low"', 1.5, [row for row in balanced if row[0].endswith(" low") and row[1] != "one graph"])
+
+
+def _tell_aim(what: str, most: float, rows: list[tuple]) -> None:
+    """The fastest of the rows whose peak is within an aim."""
+    name, *_, seconds, peak = min((row for row in rows if row[5] <= most), key=lambda row: row[4], default=[None] * 3)
+    reached = "none" if name is None else f"{name}: {seconds:.2f} x the time, {peak:.2f} x the peak"
+    print(f"{what}, the fastest within {most} x of stock's peak: {reached}")
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from vml_ldm.adapters.diffusers import (
     Chosen,
+    Fitted,
     Footprints,
     GuidedPrior,
     SchedulerLevels,
@@ -47,7 +48,6 @@ from vml_ldm.adapters.diffusers import (
     choose,
     free_bytes,
     graph_bytes,
-    in_units,
     parse_memory,
     plans,
     scheduler_levels,
@@ -56,7 +56,7 @@ from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
 from vml_ldm.presets import Settings
-from vml_ldm.report import Report
+from vml_ldm.report import Report, memory_text
 from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
 
 logger = logging.getLogger(__name__)
@@ -252,8 +252,8 @@ class SolvingMixin:
 
     def _fit(
         self, a: SimpleNamespace, prior: GuidedPrior, chosen: Settings, operator: Callable, image: Tensor
-    ) -> tuple[Settings, Chosen]:
-        """Give the prior the plan by which it stays within `memory`, and say which; the settings may be changed by it.
+    ) -> tuple[Settings, Fitted]:
+        """Give the prior the plans by which it stays within `memory`, and say which; the settings may be changed by it.
 
         Args:
             prior: not entered yet.
@@ -269,14 +269,18 @@ class SolvingMixin:
             held = graph_bytes(operator, image) if decoder else 0
             return Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
 
-        need = lambda plan: footprints().need(plan)  # noqa: E731
-        tile = getattr(self.vae, "tile_latent_min_size", None)
-        ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None)
-        latents = shape[0] * shape[2] * shape[3]
-        fitted = choose(a.memory, ladder, need, free_bytes(self._execution_device), latents)
-        prior.plan = fitted.plan
-        _say(fitted)
-        return (replace(chosen, jacobian="free") if fitted.plan.free else chosen), fitted
+        free, latents = free_bytes(self._execution_device), shape[0] * shape[2] * shape[3]
+
+        def pick(vae: nn.Module, taken: int = 0) -> Chosen:
+            drafting, tile = vae is draft, getattr(vae, "tile_latent_min_size", None)
+            ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None, small=drafting)
+            return choose(a.memory, ladder, lambda plan: footprints().need(plan, drafting), free, latents, taken)
+
+        full = pick(self.vae)
+        fitted = Fitted.of(full, None if draft is None else pick(draft, full.predicted or 0))
+        prior.plan, prior.draft_plan = fitted.full.plan, fitted.draft and fitted.draft.plan
+        _say(fitted, a.memory)
+        return (replace(chosen, jacobian="free") if prior.plan.free else chosen), fitted
 
     def _is_drafting(self, a: SimpleNamespace, chosen: Settings) -> bool:
         """Whether levels draw with the small decoder."""
@@ -312,7 +316,7 @@ class SolvingMixin:
 
     def _draft(self, prior: GuidedPrior) -> Prior:
         """The prior with the small decoder, which is moved to where the VAE is."""
-        return prior.draft(self.gradient_vae.to(self._execution_device, self.vae.dtype))
+        return prior.draft(nn.Module.to(self.gradient_vae, self._execution_device, self.vae.dtype))
 
     def _follow(
         self, a: SimpleNamespace, solving: Iterator[Level], count: int, timesteps: Tensor, tensors: dict, prior: Metered
@@ -377,14 +381,10 @@ class SolvingMixin:
         return result if report is None else (*result, report)
 
 
-def _say(fitted: Chosen) -> None:
-    plan, predicted, budget = fitted
-    about = "a peak that was not predicted" if predicted is None else f"about {in_units(predicted)} at most"
-    bound = "" if budget is None else f" (of {in_units(budget)})"
-    over = predicted is not None and budget is not None and predicted > budget
-    logger.log(
-        logging.WARNING if over or plan.free else logging.INFO, "memory: %s; %s above the weights%s", plan, about, bound
-    )
+def _say(fitted: Fitted, memory: str | int) -> None:
+    """To the log; as a warning, which shows by default, where images change that nobody asked to change."""
+    changed = fitted.is_over or not (fitted.is_exact or memory == "low")
+    logger.log(logging.WARNING if changed else logging.INFO, "memory: %s", memory_text(fitted.to_dict()))
 
 
 def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:

@@ -96,10 +96,13 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
             use_gradient_vae: draw with `gradient_vae`, a small decoder of the same latents (an `AutoencoderTiny`; the
                 bundled checkpoint has one), at all levels but the last. None: if there is one.
-            memory: how graphs are kept. "fast": all at once. "low": as little as keeps gradient and tiles as they are.
-                "auto": the fastest way that fits the free memory. Or a budget in bytes above the networks' weights, a
-                number or "4GiB": the fastest way whose predicted peak fits it, down to smaller tiles and Jacobian-free
-                steps (if `jacobian` is None). See `vml_ldm.adapters.diffusers.memory`; `report.memory` says which.
+            memory: how graphs are kept. "fast": all at once. "low": as little as keeps steps exact; what is larger
+                than the VAE's own tile is drawn in such tiles, as after `vae.enable_tiling()`. "auto": the fastest way
+                that fits the free memory. Or a budget in bytes above the networks' weights, a number or "4GiB": the
+                fastest way whose predicted peak fits it, down to smaller tiles and Jacobian-free steps (if `jacobian`
+                is None), of which the log warns. Levels that draw with `gradient_vae` and those that draw with the VAE
+                each get a way of their own. `report.memory` says which; see `vml_ldm.adapters.diffusers.memory`, also
+                for what attention slicing and xformers save.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.

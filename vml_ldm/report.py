@@ -27,7 +27,8 @@ class Report:
             small decoder, where one was used.
         seconds: time by kind, and "total".
         memory: how graphs were kept ("plan"), the peak predicted for that above the weights ("predicted"), and what was
-            allowed ("budget"), in bytes or None.
+            allowed ("budget"), in bytes or None; where a small decoder drew, the same of its levels ("draft_plan",
+            "draft_predicted").
     """
 
     sigma_y: list[float]
@@ -113,10 +114,7 @@ class Report:
         return f" (small one {calls['draft']} / {calls.get('draft_vjp', 0)})" if "draft" in calls else ""
 
     def _memory(self) -> str:
-        if not self.memory:
-            return ""
-        peak = self.memory["predicted"]
-        return f"; memory: {self.memory['plan']}" + ("" if peak is None else f", about {peak / 1024**3:.2g} GiB")
+        return f"; memory: {memory_text(self.memory)}" if self.memory else ""
 
     def _steps(self) -> str:
         if self.solver == "red-diff":
@@ -124,6 +122,29 @@ class Report:
         if self.solver != "vml":
             return "steps of its own"
         return f"up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}"
+
+
+def memory_text(memory: dict) -> str:
+    """`Report.memory` in words: both plans, their peaks, and what was allowed."""
+    plan, peak, budget = memory["plan"], memory["predicted"], memory["budget"]
+    if peak is None:
+        why = "unknown" if budget is None else f"not predicted: {in_units(budget)} are plenty"
+        words = f"{plan} (peak {why})"
+    else:
+        limit = "" if budget is None else f" of {in_units(budget)}"
+        words = f"{plan} (at most about {in_units(peak)}{limit} above the weights)"
+    if memory.get("draft_plan") in (None, plan):
+        return words
+    draft = "" if memory["draft_predicted"] is None else f" ({in_units(memory['draft_predicted'])})"
+    return f"{words}; {memory['draft_plan']}{draft} where the small decoder draws"
+
+
+def in_units(count: int) -> str:
+    """Bytes for people."""
+    for unit, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
 
 
 def _row(values: list[float], form: str = ".4f") -> str:

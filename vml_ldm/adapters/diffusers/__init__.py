@@ -3,7 +3,7 @@
 from ...objective import NonFiniteError
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
-from .memory import Chosen, choose, free_bytes, in_units, parse_memory, plans
+from .memory import Chosen, Fitted, choose, free_bytes, parse_memory, plans
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior
@@ -11,6 +11,7 @@ from .unconditional import LDMPrior, PixelPrior
 __all__ = [
     "FLOW_SCHEDULERS",
     "Chosen",
+    "Fitted",
     "FlowPrior",
     "Footprints",
     "GuidedPrior",
@@ -27,7 +28,6 @@ __all__ = [
     "flow_levels",
     "free_bytes",
     "graph_bytes",
-    "in_units",
     "parse_memory",
     "plans",
     "scheduler_levels",

@@ -3,8 +3,9 @@
 A plan says how graphs are kept. Each is slower than the one before, and takes less:
 
     one graph                denoiser's and decoder's graphs side by side
-    checkpointed             the networks' own gradient checkpointing
+    checkpointed             gradient checkpointing: the denoiser's own, and the VAE decoder's layer by layer
     one graph at a time      the denoiser runs again, with a graph, when its pull-back is due
+    checkpointed twice       the VAE decoder's blocks as well as their layers: it runs a third time
     two passes               the decoder too: it draws without a graph, the operator gives the image's cotangent, and
                              the decoder runs again with a graph to pull it back
     image by image           one image of the batch after the other in the VAE
@@ -13,6 +14,14 @@ A plan says how graphs are kept. Each is slower than the one before, and takes l
 
 All up to "image by image" give the same gradient. Tiles give the gradient of the tiled decoder, which draws the image
 too, as diffusers' own tiling would. Jacobian-free steps are another direction (`vml_ldm.objective`).
+
+Levels that draw with a small decoder have a plan of their own: what the VAE's decoder needs is paid for only where it
+draws. A small decoder is never checkpointed.
+
+What attention takes: PyTorch's fused kernels (SDPA, the default) and xformers' make no matrix of all pairs of pixels,
+neither in a pass nor for its graph, so xformers saves nothing over SDPA. Attention slicing goes back to that matrix, a
+slice at a time: over unfused attention it saves in passes without a graph, over SDPA nothing; a graph keeps every
+slice, so that slicing takes more than SDPA. All three are honoured, and predictions count what is set.
 """
 
 from __future__ import annotations
@@ -24,6 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ...report import in_units
 
 MODES = ("auto", "fast", "low")
 _UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))}}
@@ -40,24 +51,30 @@ class Plan:
     """How the graphs of one solve are kept.
 
     Attributes:
-        checkpointed: denoiser and VAE run with their own gradient checkpointing.
+        checkpointed: 0, 1 for denoiser and VAE with gradient checkpointing, or 2 for the VAE's decoder at two depths.
         denoiser_again, decoder_again: the network has no graph until its pull-back is due, and runs again for it.
         by_image: the VAE takes the batch image by image.
         tiles: None, or the VAE works in tiles so many times smaller than its own.
         free: the steps are Jacobian-free.
     """
 
-    checkpointed: bool = False
+    checkpointed: int = 0
     denoiser_again: bool = False
     decoder_again: bool = False
     by_image: bool = False
     tiles: int | None = None
     free: bool = False
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether images and steps are those of one graph, but for rounding."""
+        return self.tiles is None and not self.free
+
     def __str__(self) -> str:
         graphs = "two passes" if self.decoder_again else "one graph at a time" if self.denoiser_again else "one graph"
         tiles = {None: "", 1: "tiles", 2: "half tiles", 4: "quarter tiles"}[self.tiles]
-        words = [graphs, "checkpointed" * self.checkpointed, "image by image" * self.by_image, tiles]
+        again = ("", "checkpointed", "checkpointed twice")[self.checkpointed]
+        words = [graphs, again, "image by image" * self.by_image, tiles]
         return ", ".join(filter(None, [*words, "Jacobian-free" * self.free]))
 
 
@@ -80,8 +97,36 @@ class Chosen(NamedTuple):
     predicted: int | None
     budget: int | None
 
+
+class Fitted(NamedTuple):
+    """What was chosen for levels that draw with the VAE, and for those with a small decoder; None: there are none."""
+
+    full: Chosen
+    draft: Chosen | None
+
+    @classmethod
+    def of(cls, full: Chosen, draft: Chosen | None) -> Fitted:
+        """Steps are Jacobian-free at all levels where they are at some."""
+        if any(chosen.plan.free for chosen in (full, draft or full)):
+            full, draft = (c and c._replace(plan=replace(c.plan, free=True)) for c in (full, draft))
+        return cls(full, draft)
+
+    @property
+    def is_exact(self) -> bool:
+        return all(chosen.plan.is_exact for chosen in filter(None, self))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a plan takes more than its budget, as the last that "auto" has may."""
+        known = [c for c in filter(None, self) if c.predicted is not None and c.budget is not None]
+        return any(chosen.predicted > chosen.budget for chosen in known)
+
     def to_dict(self) -> dict:
-        return {"plan": str(self.plan), "predicted": self.predicted, "budget": self.budget}
+        """As `Report.memory` has it."""
+        told = {"plan": str(self.full.plan), "predicted": self.full.predicted, "budget": self.full.budget}
+        if self.draft is None:
+            return told
+        return {**told, "draft_plan": str(self.draft.plan), "draft_predicted": self.draft.predicted}
 
 
 def parse_memory(memory: str | int) -> str | int:
@@ -102,7 +147,14 @@ def parse_memory(memory: str | int) -> str | int:
 
 
 def plans(
-    batch: int, latent: tuple[int, int], tile: int | None, *, denoiser: bool, decoder: bool, may_free: bool
+    batch: int,
+    latent: tuple[int, int],
+    tile: int | None,
+    *,
+    denoiser: bool,
+    decoder: bool,
+    may_free: bool,
+    small: bool = False,
 ) -> Iterator[Plan]:
     """The plans that make a difference, from the fastest.
 
@@ -112,13 +164,16 @@ def plans(
         tile: edge of the VAE's own tiles, in latents; None: it has none.
         denoiser, decoder: steps go back through it.
         may_free: through the denoiser they need not.
+        small: the decoder is a small one, which is not checkpointed.
     """
     plan = Plan()
     yield plan
-    if denoiser or decoder:
-        yield (plan := replace(plan, checkpointed=True))
+    if denoiser or (decoder and not small):
+        yield (plan := replace(plan, checkpointed=1))
     if denoiser:
         yield (plan := replace(plan, denoiser_again=True))
+    if decoder and not small:
+        yield (plan := replace(plan, checkpointed=2))
     if decoder:
         yield (plan := replace(plan, decoder_again=True))
     if batch > 1:
@@ -126,31 +181,37 @@ def plans(
     for divisor in _DIVISORS:
         smaller = tile is not None and tile // divisor < max(latent)
         if smaller and (divisor == 1 or tile // divisor >= _LEAST_TILE):
-            yield (plan := replace(plan, tiles=divisor))
+            yield (plan := replace(plan, checkpointed=min(1, plan.checkpointed), tiles=divisor))
     if denoiser and may_free:
         yield replace(plan, free=True)
 
 
-def predict(denoiser: Footprint, decoders: Iterable[Footprint], operator: int) -> int:
+def predict(denoiser: Footprint, networks: Iterable[Footprint], operator: int) -> int:
     """The most bytes that an inner step holds at a time.
 
     The denoiser's graph stays while the decoder draws, the operator gives the image's cotangent and the decoder pulls
     it back; then the denoiser pulls that back.
 
     Args:
-        denoiser, decoders: their footprints under a plan. Levels take one decoder or another.
+        denoiser: its footprint under a plan.
+        networks: of the decoder, and of what else runs in its place.
         operator: held by its graph.
     """
-    data = max(max(decoder.peak, decoder.held + operator) for decoder in decoders)
+    data = max(max(network.peak, network.held + operator) for network in networks)
     return max(denoiser.peak, denoiser.held + data)
 
 
 def choose(
-    memory: str | int, ladder: Iterable[Plan], need: Callable[[Plan], int | None], free: int | None, latents: int = 0
+    memory: str | int,
+    ladder: Iterable[Plan],
+    need: Callable[[Plan], int | None],
+    free: int | None,
+    latents: int = 0,
+    taken: int = 0,
 ) -> Chosen:
     """The first plan that fits.
 
-    "fast" takes the first one. "low" takes what needs least while steps and the VAE's tiles stay what they are. "auto"
+    "fast" takes the first one. "low" takes what needs least with exact steps and the VAE's own tiles or none. "auto"
     takes the first that fits a share of the free memory, or the last if none does; where that is plenty for so many
     latents, nothing is predicted (a prediction takes seconds, once for each size).
 
@@ -160,6 +221,7 @@ def choose(
         need: predicts a plan's peak; None where that is not possible.
         free: bytes, what "auto" may take a share of; None if unknown, which takes the first.
         latents: how many pixels the latents of the batch have; 0 if unknown.
+        taken: bytes that are taken at other levels anyway, so that "low" has nothing to save below them.
 
     Raises:
         ValueError: no plan fits a budget in bytes, or what fits cannot be predicted.
@@ -168,7 +230,7 @@ def choose(
     if memory == "fast" or (memory == "auto" and free is None):
         return Chosen(ladder[0], need(ladder[0]), None)
     if memory == "low":
-        return _least([plan for plan in ladder if not plan.free and plan.tiles in (None, 1)], need)
+        return _least([plan for plan in ladder if not plan.free and plan.tiles in (None, 1)], need, taken)
     budget = int(_SHARE * free) if memory == "auto" else memory
     if memory == "auto" and 0 < _PLENTY * latents <= budget:
         return Chosen(ladder[0], None, budget)
@@ -188,16 +250,18 @@ def choose(
     )
 
 
-def _least(ladder: list[Plan], need: Callable[[Plan], int | None]) -> Chosen:
-    """The last plan, or the fastest of those before it that take no more to speak of."""
-    *before, plan = ladder
-    peak = least = need(plan)
-    for faster in reversed(before if least is not None else []):
-        other = need(faster)
-        if other is None or other > (1 + _SAME) * least:
+def _least(ladder: list[Plan], need: Callable[[Plan], int | None], taken: int) -> Chosen:
+    """The fastest plan that takes no more to speak of than the least, or than what is taken; the last if unknown."""
+    seen: list[Chosen] = []
+    for plan in reversed(ladder):  # what is faster still is not predicted, which takes seconds
+        peak = need(plan)
+        if peak is None:
+            return Chosen(ladder[-1], None, None)
+        seen.append(Chosen(plan, peak, None))
+        bound = max((1 + _SAME) * min(chosen.predicted for chosen in seen), taken)
+        if peak > bound:
             break
-        plan, peak = faster, other
-    return Chosen(plan, peak, None)
+    return next(chosen for chosen in reversed(seen) if chosen.predicted <= bound)
 
 
 def _unpredicted(memory: str | int, plan: Plan) -> Chosen:
@@ -219,11 +283,3 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
-
-
-def in_units(count: int) -> str:
-    """Bytes for people."""
-    for unit, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -24,9 +24,11 @@ class NetworkPrior:
 
     Attributes:
         plan: how graphs are kept; to be set before `with`.
+        draft_plan: how they are kept where a `Draft` draws; None: as elsewhere.
     """
 
     plan = Plan()
+    draft_plan: Plan | None = None
 
     def __init__(self, network: nn.Module, name: str):
         self._network, self._name, self._guard = network, name, Guard()
@@ -42,13 +44,17 @@ class NetworkPrior:
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``."""
-        rerun = "whole" if self.plan.denoiser_again else ""
+        return self._denoise_pullback(self.plan, x_t, alpha, sigma)
+
+    def _denoise_pullback(self, plan: Plan, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
+        self._guard.checkpoint(plan.checkpointed, *self._networks())
+        rerun = "whole" if plan.denoiser_again else ""
         return self._guard.pullback(self._name, self._network, lambda x: self._denoise(x, alpha, sigma), x_t, rerun)
 
     def __enter__(self):
         """Freeze the weights, so that graphs keep what the state's gradient needs and no more."""
-        if self.plan.checkpointed:
-            self._guard.checkpoint(*self._networks())
+        plans = (self.plan, self.draft_plan or self.plan)
+        self._guard.checkpoint(max(plan.checkpointed for plan in plans), *self._networks())
         self._guard.freeze(*self._networks())
         return self
 
@@ -66,15 +72,15 @@ class Autoencoded:
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled and shifted as the denoiser expects it, float32."""
-        return self._guard.run("the VAE encoder", self.vae, lambda: self._encode(image, self._drawn(self.vae)))
+        return self._guard.run("the VAE encoder", self.vae, lambda: self._encode(image, drawn(self.vae, self.plan)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image (B, 3, H, W) float32, about [0, 1] and not clamped."""
-        return self._draw("the VAE decoder", self.vae, z)
+        return self._draw(self.plan, "the VAE decoder", self.vae, z)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
-        return self._draw_pullback("the VAE decoder", self.vae, z)
+        return self._draw_pullback(self.plan, "the VAE decoder", self.vae, z)
 
     def draft(self, vae: nn.Module) -> Draft:
         """This prior with another decoder, for use within this one's `with`.
@@ -87,34 +93,41 @@ class Autoencoded:
     def _networks(self) -> tuple[nn.Module, ...]:
         return *super()._networks(), self.vae
 
-    def _draw(self, name: str, vae: nn.Module, z: Tensor) -> Tensor:
-        return self._guard.run(name, vae, lambda: self._decode(z, self._drawn(vae)))
+    def _draw(self, plan: Plan, name: str, vae: nn.Module, z: Tensor) -> Tensor:
+        return self._guard.run(name, vae, lambda: self._decode(z, drawn(vae, plan)))
 
-    def _draw_pullback(self, name: str, vae: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
-        rerun, drawn = "", self._drawn(vae)
-        if self.plan.decoder_again:
-            rerun, drawn = "parts", run_again(drawn, partial(self._guard.weights_kept, vae))
-        return self._guard.pullback(name, vae, lambda z: self._decode(z, drawn), z, rerun)
+    def _draw_pullback(self, plan: Plan, name: str, vae: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
+        self._guard.checkpoint(plan.checkpointed, *self._networks())
+        rerun, twin = "", drawn(vae, plan)
+        if plan.decoder_again:
+            rerun, twin = "parts", run_again(twin, partial(self._guard.weights_kept, vae))
+        return self._guard.pullback(name, vae, lambda z: self._decode(z, twin), z, rerun)
 
-    def _drawn(self, vae: nn.Module) -> nn.Module:
-        """A VAE as the plan has it work: whole, image by image, in tiles."""
-        vae = by_image(vae) if self.plan.by_image else vae
-        return vae if self.plan.tiles is None else in_tiles(vae, self.plan.tiles)
+
+def drawn(vae: nn.Module, plan: Plan) -> nn.Module:
+    """A VAE as a plan has it work: whole, image by image, in tiles."""
+    vae = by_image(vae) if plan.by_image else vae
+    return vae if plan.tiles is None else in_tiles(vae, plan.tiles)
 
 
 class Draft:
-    """A latent prior that draws with another decoder; all else, a change of its prompt too, is the prior's own."""
+    """A latent prior that draws with another decoder, under a plan of its own; all else, a change of its prompt too, is
+    the prior's."""
 
     def __init__(self, prior: Autoencoded, vae: nn.Module):
-        self._prior, self.vae = prior, vae
-        self.denoise, self.denoise_pullback, self.encode = prior.denoise, prior.denoise_pullback, prior.encode
+        self._prior, self._plan, self.vae = prior, prior.draft_plan or prior.plan, vae
+        self.denoise, self.encode = prior.denoise, prior.encode
         self.guide = getattr(prior, "guide", None)
         prior._guard.freeze(vae)
 
+    def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
+        """z0_hat and ``b -> J^T b``, the prior's."""
+        return self._prior._denoise_pullback(self._plan, x_t, alpha, sigma)
+
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image, as the prior's."""
-        return self._prior._draw("the gradient VAE", self.vae, z)
+        return self._prior._draw(self._plan, "the gradient VAE", self.vae, z)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
         """Image and the decoder's vector-Jacobian product."""
-        return self._prior._draw_pullback("the gradient VAE", self.vae, z)
+        return self._prior._draw_pullback(self._plan, "the gradient VAE", self.vae, z)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets in modules
+_LAYERS = ("resnets", "attentions", "upsamplers")  # the lists of a decoder's block
 
 
 class Guard:
@@ -30,7 +33,8 @@ class Guard:
         self.retries = Counter()
         self._upcast: dict[nn.Module, dict[str, torch.dtype]] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
-        self._checkpointing: list[tuple[nn.Module, dict]] = []
+        self._checkpointed = 0
+        self._checkpointing: list[tuple[nn.Module, tuple[str, ...], dict]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
@@ -44,23 +48,45 @@ class Guard:
             network.get_parameter(name).requires_grad_(False)
         self._thawed += thawed
 
-    def checkpoint(self, *networks: nn.Module) -> None:
-        """Switch the networks' own gradient checkpointing on, where they have it. Before `freeze`."""
-        for network in networks:
-            if not getattr(network, "_supports_gradient_checkpointing", False) or is_checkpointed(network):
+    def checkpoint(self, times: int, *networks: nn.Module) -> None:
+        """Switch gradient checkpointing, where networks have it; what has it on is left alone.
+
+        A VAE's decoder is checkpointed layer by layer: its own way, block by block, keeps all of the last and largest
+        block at once when it runs that again. Twice is both, a layer inside a block.
+
+        Args:
+            times: 0, 1 or 2.
+        """
+        if times == self._checkpointed:
+            return
+        self._leave_checkpointing()
+        self._checkpointed = times
+        for network in networks if times else ():
+            if not can_checkpoint(network) or is_checkpointed(network):
                 continue
-            for module in network.modules():
-                found = {name: vars(module)[name] for name in _CHECKPOINTING if name in vars(module)}
-                self._checkpointing.append((module, found))
+            self._note(_CHECKPOINTING, network.modules())
             network.enable_gradient_checkpointing()
+            if layers := _layers(getattr(network, "decoder", None)):
+                network.decoder.gradient_checkpointing = times == 2
+                self._note(("forward",), layers)
+                for layer in layers:
+                    layer.forward = partial(_checkpointed, layer.forward)
+
+    def _note(self, names: tuple[str, ...], modules: Iterable[nn.Module]) -> None:
+        """Remember what is about to be set in modules."""
+        kept = lambda module: {name: vars(module)[name] for name in names if name in vars(module)}  # noqa: E731
+        self._checkpointing += [(module, names, kept(module)) for module in modules]
+
+    def _leave_checkpointing(self) -> None:
+        for module, names, found in self._checkpointing:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(found)
+        self._checkpointing, self._checkpointed = [], 0
 
     def restore(self) -> None:
         """Leave the networks as they came: gradients' flags, checkpointing, and their precision if it was lifted."""
-        for module, found in self._checkpointing:
-            for name in _CHECKPOINTING:
-                vars(module).pop(name, None)
-            vars(module).update(found)
-        self._checkpointing.clear()
+        self._leave_checkpointing()
         for network, name in self._thawed:  # by name: offloading may have put other parameters there
             network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
@@ -155,6 +181,21 @@ class Guard:
         self.upcast(network)
 
 
+def _layers(decoder: nn.Module | None) -> list[nn.Module]:
+    """The layers of a VAE's decoder that are worth running again one by one."""
+    if not hasattr(decoder, "up_blocks"):
+        return []
+    blocks = filter(None, (getattr(decoder, "mid_block", None), *decoder.up_blocks))
+    found = [layer for block in blocks for name in _LAYERS for layer in getattr(block, name, None) or ()]
+    return [layer for layer in found if layer is not None]  # a block without attention has None for each
+
+
+def _checkpointed(forward: Callable, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
 def cast(value, like: Tensor):
     """The tensors in a tensor, dict, list or tuple on like's device, floats in its precision. Containers are copied."""
     if isinstance(value, Tensor):
@@ -186,6 +227,18 @@ def _is_hooked(network: nn.Module) -> bool:
 def is_checkpointed(network: nn.Module) -> bool:
     """Whether a backward pass runs parts of the network again."""
     return getattr(network, "is_gradient_checkpointing", False)
+
+
+def can_checkpoint(network: nn.Module) -> bool:
+    """Whether a backward pass may run parts of the network again.
+
+    Not where diffusers offloads it block by block: the parts are inside blocks, whose weights are away by then.
+    """
+    registries = (getattr(module, "_diffusers_hook", None) for module in network.modules())
+    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
+    parts = [part for hook in hooks if hook is not None for part in hook.group.modules]
+    blocks = any(next(part.children(), None) is not None for part in parts)
+    return getattr(network, "_supports_gradient_checkpointing", False) and not blocks
 
 
 def device_of(network: nn.Module, x: Tensor) -> torch.device:

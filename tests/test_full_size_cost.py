@@ -1,0 +1,72 @@
+"""examples/full_size_cost.py: its narrow form runs, and whole images add up."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vml_ldm.presets import PRESETS
+
+PATH = Path(__file__).parents[1] / "examples" / "full_size_cost.py"
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak is read from /proc")
+
+
+@pytest.fixture(scope="module")
+def cost():
+    spec = importlib.util.spec_from_file_location("full_size_cost", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@LINUX
+def test_the_narrow_form_runs(cost, monkeypatch, capsys):
+    """Three calls, measured here and not in processes of their own, stand for all."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["full_size_cost.py", "--small", *options])
+        cost.main()
+        return capsys.readouterr().out.splitlines()
+
+    torch.manual_seed(0)
+    asked = {"step": ("step", "low"), "step, small": ("step, small", "checkpointed"), "other": ("decode", "half tiles")}
+    rows = {name: json.loads(run("--measure", call, "--plan", plan)[-1]) for name, (call, plan) in asked.items()}
+    assert all(row["seconds"] > 0 and row["peak"] >= 0 and row["weights"] > 10**7 for row in rows.values())
+    assert rows["step"]["predicted"] > 0 < rows["step, small"]["predicted"] and rows["other"]["predicted"] is None
+    monkeypatch.setattr(cost, "measure_apart", lambda call, plan, options: rows.get(call, rows["other"]))
+    lines = run()
+    assert sum(line.startswith(("UNet", "encode", "decode", "step")) for line in lines) == len(cost.MEASUREMENTS)
+    assert sum(line.startswith("balanced, ") for line in lines) == len(cost.WHOLE)
+    assert any(line.startswith("small decoder, the fastest within 1.25 x of stock's peak: bal") for line in lines)
+
+
+def made_up(cost, **seconds):
+    """A second and a byte each, but for the calls named."""
+    row = {"seconds": 1.0, "peak": 1, "weights": 10, "predicted": None}
+    return {(call, plan): {**row, "seconds": seconds.get(call, 1.0)} for call, plan in cost.MEASUREMENTS}
+
+
+def test_whole_images_add_up(cost):
+    levels, inner = PRESETS["balanced"].split(cost.STEPS)
+    found, others = made_up(cost), (2 * levels - 1) + 1 + 2
+    assert cost.whole_image(found, "balanced", "low", None) == (levels * inner * 2 + others, 1)
+    assert cost.whole_image(found, "balanced", cost.FREE, cost.FREE) == (levels * inner * 3 + others, 1)
+    found["step, small", "one graph"] |= {"seconds": 0.5, "peak": 7}
+    found["step", "low"] |= {"seconds": 3.0, "peak": 5}
+    mixed = ((levels - 1) * inner * 1.5 + inner * 4.0 + others, 7)
+    assert cost.whole_image(found, "balanced", "low", "one graph") == mixed
+
+
+def test_what_was_reached_is_told(cost, capsys):
+    found = made_up(cost)
+    found["step", "one graph"]["peak"] = 100
+    cost.tell_whole(found)
+    out = capsys.readouterr().out
+    assert "stock" in out and "balanced, small decoder one graph, last level low" in out
+    assert "full decoder, the fastest within 2.0 x of stock's peak: balanced, full decoder checkpointed: 1.96 x" in out
+    found["step", "low"]["peak"] = 100
+    cost.tell_whole(found)
+    assert """memory="low", the fastest within 1.5 x of stock's peak: none""" in capsys.readouterr().out
