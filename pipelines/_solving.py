@@ -79,10 +79,13 @@ class SolvingMixin:
             at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
             the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
+        free_memory: bytes that ``memory="auto"`` counts on; None: what the device has free at each call. Processes that
+            are to make the same plan are given the same.
     """
 
     gradient_vae: AutoencoderTiny | None = None
     level: Level | None = None
+    free_memory: int | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
 
@@ -273,7 +276,8 @@ class SolvingMixin:
         tile = getattr(self.vae, "tile_latent_min_size", None)
         ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None)
         latents = shape[0] * shape[2] * shape[3]
-        fitted = choose(a.memory, ladder, need, free_bytes(self._execution_device), latents)
+        free = free_bytes(self._execution_device) if self.free_memory is None else self.free_memory
+        fitted = choose(a.memory, ladder, need, free, latents)
         prior.plan = fitted.plan
         _say(fitted)
         return (replace(chosen, jacobian="free") if fitted.plan.free else chosen), fitted

@@ -44,7 +44,7 @@ class Restore:
         TypeError: a parameter that the task does not have.
     """
 
-    pipeline = "VMLRestorePipeline"
+    kind = "restore"  # of task, see `vml_ldm.families`
 
     def __init__(self, task: str, noise: float = 0.0, **parameters):
         if task not in TASKS:
@@ -97,7 +97,7 @@ class Inpaint:
         shorter: side to solve at, in pixels; None is the model's choice, see `Fit.choose`.
     """
 
-    pipeline = "VMLInpaintPipeline"
+    kind = "inpaint"  # of task, see `vml_ldm.families`
 
     def __init__(self, mask: str | Path, shorter: int | None = None):
         self.mask, self.shorter = Path(mask), shorter
@@ -140,13 +140,20 @@ def pose_hole(image: Tensor, known: Tensor, *, native: int, stride: int, shorter
     """Images (B, 3, H, W) with what is known (B, 1, H, W) for the inpaint pipeline; sizes as of `Fit.choose`."""
     fit = Fit.choose(tuple(image.shape[2:]), native, stride, shorter)
     canvas, seen = fit.bring(image, known)
-    arguments = {"height": canvas.shape[2], "width": canvas.shape[3], "image": canvas, "mask_image": 1 - seen}
+    size = {"height": canvas.shape[2], "width": canvas.shape[3]}
+    arguments = {**size, "image": canvas, "mask_image": 1 - seen, "strength": 1.0}  # nothing of the hole is a start
     return Posed(fit.text(), arguments, lambda painted: fit.take_back(painted, image, known))
 
 
 def model_sizes(pipe) -> dict[str, int]:
-    """Of a pipeline's model, in pixels: `native`, the side of its images, and `stride`, pixels for each latent."""
-    return {"native": pipe.unet.config.sample_size * pipe.vae_scale_factor, "stride": pipe.vae_scale_factor}
+    """Of a model, in pixels: `native`, the side of its images, and `stride`, of which its sides are multiples."""
+    config, scale = denoiser(pipe).config, pipe.vae_scale_factor
+    return {"native": config.sample_size * scale, "stride": (getattr(config, "patch_size", None) or 1) * scale}
+
+
+def denoiser(pipe):
+    """A pipeline's network that denoises: its UNet, or the transformer of flow models."""
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def digest(paths: tuple[Path, ...]) -> str:

@@ -93,7 +93,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Solve every image of FOLDER and write PNG files and manifest.jsonl into OUT. A run that was interrupted goes "
         "on where it was. In several processes, also on several machines that share both folders: "
-        "accelerate launch --num_processes N -m vml_ldm.cli batch FOLDER ..."
+        "accelerate launch --multi_gpu --num_processes N -m vml_ldm.cli batch FOLDER ... (also without a GPU)"
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     _add_task(parser, {batch.INPAINT: "repaint the white part of a mask", **TASKS})
@@ -188,7 +188,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", action="store_true", help="only time one solve against levels, inner steps, pixels and batch"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="networks in half precision")
+    _add_precision(parser)
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
@@ -202,6 +202,21 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, help="speed against quality (default: the pipeline's)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    _add_precision(parser)
+    parser.add_argument(
+        "--memory",
+        metavar="HOW",
+        help="auto, fast, low, or a budget above the weights, such as 4GiB (default: the pipeline's, auto)",
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    """Of the networks."""
+    group = parser.add_mutually_exclusive_group()
+    for name in ("float16", "bfloat16"):
+        group.add_argument(
+            f"--{name}", dest="dtype", action="store_const", const=name, help="networks in half precision"
+        )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +224,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="PATH",
         type=Path,
-        help="folder of a Stable Diffusion 1.x or 2.x checkpoint (default: the bundled one)",
+        help="folder of a Stable Diffusion checkpoint in diffusers' layout (default: the bundled one)",
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .files import UsageError, asked, load, open_checkpoint, quiet, refusing
+from .files import UsageError, asked, open_checkpoint, open_pipeline, quiet, refusing
 from .restore import PARAMETERS, flag, restoration
 
 if TYPE_CHECKING:
@@ -19,14 +19,15 @@ _OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver", *PARAMETERS)
 
 def run(options: argparse.Namespace) -> int:
     """Solve every image of a folder; return 1 if some could not be solved."""
-    task, model = _task(options), open_checkpoint(options.model)
+    task = _task(options)
+    open_checkpoint(options.model)
     quiet()
     from vml_ldm.batch import image_names, process, solve_folder
 
     with refusing():
         image_names(options.folder, options.output)
     state = process()
-    pipe = load(model, task.pipeline, state.device)
+    pipe = open_pipeline(options, task.kind, state.device)
     try:
         with refusing():
             outcome = solve_folder(

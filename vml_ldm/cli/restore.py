@@ -10,8 +10,7 @@ from .files import (
     UsageError,
     check_exists,
     check_output,
-    load,
-    open_checkpoint,
+    open_pipeline,
     refusing,
     solve,
 )
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     with refusing():
         picture = read_image(options.image)
     task = restoration(options)
-    pipe = load(open_checkpoint(options.model), task.pipeline)
+    pipe = open_pipeline(options, task.kind)
     if options.simulate:
         picture = _damaged(picture, task, options.seed, model_sizes(pipe))
     posed = task.pose(from_pil(picture, task.damage.channels), **model_sizes(pipe))
