@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import trial_batch
 from diffusers import EulerDiscreteScheduler
 from peft import LoraConfig
 from PIL import Image
@@ -142,6 +143,8 @@ def test_weights_are_aligned_those_of_the_small_decoder_too(model) -> None:
 
 def test_a_run_that_goes_on_plans_for_the_memory_of_the_images_before_it(folder, out, restorer, monkeypatch) -> None:
     """Less memory at the second start gives tiles or another plan of its own, were it asked again."""
+    for name in "de":
+        (folder / f"{name}.png").unlink()
     monkeypatch.setattr(processes, "free_bytes", lambda device: 8 * 1024**3)
     solve_folder(restorer, SR4, folder, out, batch_size=2, **STEPS)
     whole, plan = files(out), records(out)["a.png"]["memory"]
@@ -149,8 +152,10 @@ def test_a_run_that_goes_on_plans_for_the_memory_of_the_images_before_it(folder,
     (out / "a.png").unlink()
     (out / "b.png").unlink()
     monkeypatch.setattr(processes, "free_bytes", lambda device: 1)
-    assert solve_folder(restorer, SR4, folder, out, batch_size=2, **STEPS).kept == 3
+    assert solve_folder(restorer, SR4, folder, out, batch_size=2, **STEPS).kept == 1
     assert files(out) == whole and records(out)["a.png"]["memory"] == plan
+    for name in "bc":  # a plan for each size is predicted, which takes seconds
+        (folder / f"{name}.png").unlink()
     alone = out.with_name("alone")
     solve_folder(restorer, SR4, folder, alone, batch_size=2, **STEPS)
     assert records(alone)["a.png"]["memory"]["plan"] != plan["plan"]
@@ -168,6 +173,8 @@ def test_the_processes_share_what_is_free_where_they_run(monkeypatch) -> None:
 
 @pytest.mark.parametrize("what", ["gradient_vae", "unet", "scheduler", "scheduler_config", "lora", "memory"])
 def test_what_changes_a_result_is_a_setting(folder, out, model, what) -> None:
+    for name in "bcde":
+        (folder / f"{name}.png").unlink()
     pipe = vml_ldm.VMLRestorePipeline.from_pretrained(model, safety_checker=None)
     solve_folder(pipe, SR4, folder, out, **STEPS)
     arguments, expected = STEPS, what
@@ -319,6 +326,14 @@ def test_bad_images_are_reported_and_the_others_are_solved(folder, out, restorer
     assert solve_folder(restorer, SR4, folder, out, **STEPS).failed == outcome.failed  # tried again
 
 
+def test_an_image_that_is_too_large_is_reported_with_what_to_do(folder, out, restorer) -> None:
+    load_image(folder / "a.png").resize((40, 40)).save(folder / "large.png")
+    outcome = solve_folder(restorer, SR4, folder, out, **STEPS)
+    assert set(outcome.failed) == {"large.png"} and "result would have 160 x 160" in outcome.failed["large.png"]
+    assert solve_folder(restorer, Restore("sr4", oversize="resize"), folder, out, force=True, **STEPS).failed == {}
+    assert pixels(out / "large.png").shape == (64, 64, 3)
+
+
 def test_an_image_that_a_batch_fails_on_fails_alone(folder, out, restorer, monkeypatch) -> None:
     call = solving.Solver._call
 
@@ -399,6 +414,18 @@ def test_a_folder_serves_one_run_at_a_time(folder, out, restorer, monkeypatch) -
         manifest.lock(folder, main=False)
 
 
+def test_the_trial_tells_what_is_broken(folder, out, restorer) -> None:
+    solve_folder(restorer, SR4, folder, out, **STEPS)
+    expected = trial_batch.results(out)
+    assert len(expected) == 5 and trial_batch.differences(out, expected) == []
+    (out / "a.png").write_bytes(b"broken")
+    (out / "b.png").unlink()
+    (out / ".c.png.tmp").write_bytes(b"of a killed run")
+    assert set(trial_batch.differences(out, expected)) == {
+        *("out: a.png differs", "out: b.png is missing", "out: .c.png.tmp is too many")
+    }
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -428,6 +455,12 @@ def test_bad_arguments_are_refused_before_any_work(folder, out, restorer, argume
         (["in", "--task", "inpaint", "--mask", "no.png"], "with --mask no.png, which does not exist"),
         (["in", "--task", "inpaint", "--mask", "in", "--quality", "5"], "--quality came with --task inpaint"),
         (["in", "--quality", "5"], "--quality came with --task sr4; expected only --mode"),
+        (["in", "--task", "sr4+jpeg"], "--task sr4+jpeg came without --quality; expected that of all images"),
+        (
+            ["in", "--task", "inpaint", "--mask", "in", "--crop"],
+            "--crop came with --task inpaint, which solves any size",
+        ),
+        (["in", "--memory", "much"], "memory is 'much'; expected 'auto', 'fast', 'low', or bytes"),
         (["in", "--model", "none"], "none is no folder; expected a Stable Diffusion checkpoint"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 INDEX = "model_index.json"
@@ -11,23 +12,28 @@ FAMILIES = {  # by diffusers' names: the public name of the pipeline for each ki
     "stable-diffusion-xl": {"inpaint": "VMLInpaintXLPipeline", "restore": "VMLRestoreXLPipeline"},
     "stable-diffusion-3": {"inpaint": "VMLInpaintSD3Pipeline"},
 }
+ONE = ("stable-diffusion",)  # what the page, the demo and the benchmark serve
 _CALLED = {
     "stable-diffusion": "Stable Diffusion 1.x and 2.x",
-    "stable-diffusion-xl": "XL",
-    "stable-diffusion-3": "3 and 3.5",
+    "stable-diffusion-xl": "Stable Diffusion XL",
+    "stable-diffusion-3": "Stable Diffusion 3 and 3.5",
 }
 
 
-def pipeline_of(folder: str | Path, kind: str) -> str:
+def pipeline_of(folder: str | Path, kind: str, families: Iterable[str] = tuple(FAMILIES)) -> str:
     """The public name of the pipeline that solves a kind of task, "inpaint" or "restore", with a checkpoint.
+
+    Args:
+        families: that are served.
 
     Raises:
         ValueError: a folder that has no index, or a family that has no such pipeline; before any weights are read.
     """
     family, name = _family(Path(folder))
-    if family is None or kind not in FAMILIES[family]:
-        served = ", ".join(_CALLED[other] for other, kinds in FAMILIES.items() if kind in kinds)
-        raise ValueError(f"{folder} is a checkpoint of {name}; to {kind}, expected one of {served}.")
+    serving = {other for other in families if kind in FAMILIES[other]}
+    if family not in serving:
+        served = ", ".join(called for other, called in _CALLED.items() if other in serving)
+        raise ValueError(f"{folder} is a checkpoint of {name}; to {kind} here, expected one of {served}.")
     return FAMILIES[family][kind]
 
 

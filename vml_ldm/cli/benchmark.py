@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vml_ldm.families import ONE
+
 from .files import (
     UsageError,
     check_count,
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     name = f"{part}of{count}" if count > 1 else ""
     rows = open_rows(_folder(options), kind=benchmark.BenchmarkRow, part=name)
     model, chosen = open_checkpoint(options.model), _chosen(options)
-    pipe = open_pipeline(options, "restore")
+    pipe = open_pipeline(options, "restore", families=ONE)
     plan = benchmark.Plan(
         model=model,
         steps=options.steps,
@@ -63,7 +65,7 @@ def _measure_cost(options: argparse.Namespace) -> int:
         raise UsageError("--cost came without -o; expected a folder for its table, rows and plot.")
     if taken := [name for name in ("cost.csv", "cost.md", "cost.png") if (options.output / name).exists()]:
         raise UsageError(f"{options.output / taken[0]} exists. Move it away, or pass another folder with -o.")
-    points = scaling.measure(open_pipeline(options, "restore"))
+    points = scaling.measure(open_pipeline(options, "restore", families=ONE))
     print(f"\n{scaling.write(points, options.output)}\nTable, rows and plot are in {options.output}.")
     return 0
 

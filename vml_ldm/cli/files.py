@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import vml_ldm
-from vml_ldm.families import INDEX, pipeline_of
+from vml_ldm.families import FAMILIES, INDEX, pipeline_of
 
 
 class UsageError(Exception):
@@ -67,11 +67,15 @@ def open_checkpoint(folder: Path | None) -> str:
     return str(folder)
 
 
-def open_pipeline(options: argparse.Namespace, kind: str, device=None):
-    """The pipeline that solves a kind of task with the checkpoint that was asked for, in the precision that was."""
+def open_pipeline(options: argparse.Namespace, kind: str, device=None, families: tuple[str, ...] = tuple(FAMILIES)):
+    """The pipeline that solves a kind of task with the checkpoint that was asked for, in the precision that was.
+
+    Args:
+        families: that the command serves, see `vml_ldm.families`.
+    """
     model = open_checkpoint(options.model)
     with refusing():
-        name = pipeline_of(model, kind)
+        name = pipeline_of(model, kind, families)
         if getattr(options, "memory", None) is not None:
             from vml_ldm.adapters.diffusers import parse_memory
 
