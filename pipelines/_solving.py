@@ -79,10 +79,13 @@ class SolvingMixin:
             at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
             the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
+        free_memory: bytes that ``memory="auto"`` counts on; None: what the device has free at each call. Processes that
+            are to make the same plan are given the same.
     """
 
     gradient_vae: AutoencoderTiny | None = None
     level: Level | None = None
+    free_memory: int | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
 
@@ -269,7 +272,8 @@ class SolvingMixin:
             held = graph_bytes(operator, image) if decoder else 0
             return Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
 
-        free, latents = free_bytes(self._execution_device), shape[0] * shape[2] * shape[3]
+        free = free_bytes(self._execution_device) if self.free_memory is None else self.free_memory
+        latents = shape[0] * shape[2] * shape[3]
 
         def pick(vae: nn.Module, taken: int = 0) -> Chosen:
             drafting, tile = vae is draft, getattr(vae, "tile_latent_min_size", None)

@@ -6,21 +6,26 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+import trial_batch
+from diffusers import EulerDiscreteScheduler
+from peft import LoraConfig
 from PIL import Image
 
 import vml_ldm
-from vml_ldm import batch, manifest
+from vml_ldm import manifest
 from vml_ldm.assets import example_images
-from vml_ldm.batch import Inpaint, Restore, image_seed, solve_folder
+from vml_ldm.batch import Inpaint, Restore, image_seed, processes, solve_folder, solving
 from vml_ldm.cli import main
 from vml_ldm.images import load_image
 
@@ -83,13 +88,22 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def test_the_files_do_not_depend_on_the_number_of_processes(folder, out, model, tmp_path, one_thread) -> None:
-    """Two genuine processes under gloo, started by torch's launcher, against this one."""
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_the_files_do_not_depend_on_the_number_of_processes(folder, out, model, tmp_path, one_thread, launcher) -> None:
+    """Two genuine processes under gloo against this one, with a small decoder for the gradients."""
     (folder / "bad.png").write_text("no picture")
-    command = ["batch", str(folder), "--task", "sr4", "--model", model, "--batch", "2", *QUICK, "-o"]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vml_ldm.cli")
+    shutil.copytree(model, tmp_path / "model")
+    tiny.gradient_vae().save_pretrained(tmp_path / "model" / "gradient_vae")
+    common = ["--model", str(tmp_path / "model"), "--batch", "2", "--steps", "16", "--preset", "fast"]
+    command = ["batch", str(folder), "--task", "sr4", *common, "-o"]
     two = subprocess.run(
-        [sys.executable, *launcher, *command, str(tmp_path / "two")],
+        [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "vml_ldm.cli", *command, str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -100,7 +114,11 @@ def test_the_files_do_not_depend_on_the_number_of_processes(folder, out, model, 
     assert main([*command, str(out)]) == 1
     assert files(out) == files(tmp_path / "two") and len(files(out)) == 5
     for one, other in zip(manifest.read(out), manifest.read(tmp_path / "two"), strict=True):
+        memory, others = one.pop("memory", {}), other.pop("memory", {})
         assert one | {"seconds": 0} == other | {"seconds": 0}
+        assert memory.get("plan") == others.get("plan") and ("error" in one or one["calls"]["draft"] > 0)
+    free = {record["memory"]["free"] for record in manifest.read(tmp_path / "two") if "memory" in record}
+    assert len(free) == 1  # both processes planned for the same
 
 
 def test_the_batch_size_changes_no_pixel_by_more_than_1(folder, restorer, tmp_path) -> None:
@@ -110,6 +128,76 @@ def test_the_batch_size_changes_no_pixel_by_more_than_1(folder, restorer, tmp_pa
         one, three = (pixels(tmp_path / f"by{size}" / f"{name}.png") for size in (1, 3))
         assert np.abs(one - three).max() <= 1
     assert records(tmp_path / "by3")["e.png"]["batch"] == ["d.png", "e.png"]
+
+
+def test_weights_are_aligned_those_of_the_small_decoder_too(model) -> None:
+    pipe = vml_ldm.VMLRestorePipeline.from_pretrained(model, gradient_vae=tiny.gradient_vae(), safety_checker=None)
+    for part in (pipe.unet, pipe.gradient_vae):
+        for weight in part.parameters():
+            weight.data = torch.cat([weight.data.new_zeros(1), weight.data.flatten()])[1:].view_as(weight)
+            assert weight.data_ptr() % 64
+    processes.align(pipe)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.gradient_vae)
+    assert not any(weight.data_ptr() % 64 for part in parts for weight in part.parameters())
+
+
+def test_a_run_that_goes_on_plans_for_the_memory_of_the_images_before_it(folder, out, restorer, monkeypatch) -> None:
+    """Less memory at the second start gives tiles or another plan of its own, were it asked again."""
+    for name in "de":
+        (folder / f"{name}.png").unlink()
+    monkeypatch.setattr(processes, "free_bytes", lambda device: 8 * 1024**3)
+    solve_folder(restorer, SR4, folder, out, batch_size=2, **STEPS)
+    whole, plan = files(out), records(out)["a.png"]["memory"]
+    assert plan["free"] == 8 * 1024**3 and plan["plan"] == "one graph" and restorer.free_memory is None
+    (out / "a.png").unlink()
+    (out / "b.png").unlink()
+    monkeypatch.setattr(processes, "free_bytes", lambda device: 1)
+    assert solve_folder(restorer, SR4, folder, out, batch_size=2, **STEPS).kept == 1
+    assert files(out) == whole and records(out)["a.png"]["memory"] == plan
+    for name in "bc":  # a plan for each size is predicted, which takes seconds
+        (folder / f"{name}.png").unlink()
+    alone = out.with_name("alone")
+    solve_folder(restorer, SR4, folder, alone, batch_size=2, **STEPS)
+    assert records(alone)["a.png"]["memory"]["plan"] != plan["plan"]
+
+
+def test_the_processes_share_what_is_free_where_they_run(monkeypatch) -> None:
+    state = SimpleNamespace(num_processes=4, wait_for_everyone=lambda: None)
+    here, there = ("here", "cpu"), ("there", "cpu")
+    found = [(here, 30), (here, 20), (here, 40), (there, 9)]
+    monkeypatch.setattr(processes, "gather_object", lambda own: found)
+    assert processes.least_free(state, torch.device("cpu")) == 20 // 3
+    found[3] = (there, None)
+    assert processes.least_free(state, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("what", ["gradient_vae", "unet", "scheduler", "scheduler_config", "lora", "memory"])
+def test_what_changes_a_result_is_a_setting(folder, out, model, what) -> None:
+    for name in "bcde":
+        (folder / f"{name}.png").unlink()
+    pipe = vml_ldm.VMLRestorePipeline.from_pretrained(model, safety_checker=None)
+    solve_folder(pipe, SR4, folder, out, **STEPS)
+    arguments, expected = STEPS, what
+    if what == "gradient_vae":
+        pipe.gradient_vae = tiny.gradient_vae()
+    elif what == "unet":
+        pipe.unet = tiny.unet(seed=1)
+    elif what == "scheduler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    elif what == "scheduler_config":
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    elif what == "lora":
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+        solved = out.with_name("lora")
+        solve_folder(pipe, SR4, folder, solved, **STEPS)
+        pipe.set_adapters("style", 0.5)
+        with pytest.raises(ValueError, match=r"other settings \(unet "):
+            solve_folder(pipe, SR4, folder, solved, **STEPS)
+        expected = "unet"
+    else:
+        arguments = STEPS | {"memory": "low"}
+    with pytest.raises(ValueError, match=rf"images of other settings \(.*{expected} "):
+        solve_folder(pipe, SR4, folder, out, **arguments)
 
 
 def test_an_image_s_seed_makes_its_file_again(folder, out, restorer, model, tmp_path) -> None:
@@ -207,7 +295,7 @@ def test_a_line_that_was_cut_short_does_not_count(folder, out, restorer) -> None
 
 
 def test_ctrl_c_stops_with_its_status_and_the_same_command_goes_on(folder, out, model, capsys, monkeypatch) -> None:
-    solve, batches = batch._Solver.solve, []
+    solve, batches = solving.Solver.solve, []
 
     def interrupt(self, names):
         batches.append(names)
@@ -217,7 +305,7 @@ def test_ctrl_c_stops_with_its_status_and_the_same_command_goes_on(folder, out, 
 
     command = ["batch", str(folder), "-o", str(out), "--task", "sr4", "--model", model, "--batch", "2", *QUICK]
     with monkeypatch.context() as patch:
-        patch.setattr(batch._Solver, "solve", interrupt)
+        patch.setattr(solving.Solver, "solve", interrupt)
         assert main(command) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     first = {name: (out / name).stat().st_mtime_ns for name in ("a.png", "b.png")}
@@ -238,15 +326,23 @@ def test_bad_images_are_reported_and_the_others_are_solved(folder, out, restorer
     assert solve_folder(restorer, SR4, folder, out, **STEPS).failed == outcome.failed  # tried again
 
 
+def test_an_image_that_is_too_large_is_reported_with_what_to_do(folder, out, restorer) -> None:
+    load_image(folder / "a.png").resize((40, 40)).save(folder / "large.png")
+    outcome = solve_folder(restorer, SR4, folder, out, **STEPS)
+    assert set(outcome.failed) == {"large.png"} and "result would have 160 x 160" in outcome.failed["large.png"]
+    assert solve_folder(restorer, Restore("sr4", oversize="resize"), folder, out, force=True, **STEPS).failed == {}
+    assert pixels(out / "large.png").shape == (64, 64, 3)
+
+
 def test_an_image_that_a_batch_fails_on_fails_alone(folder, out, restorer, monkeypatch) -> None:
-    call = batch._Solver._call
+    call = solving.Solver._call
 
     def refuse(self, group):
         if "c.png" in group:
             raise RuntimeError("out of\nmemory")
         return call(self, group)
 
-    monkeypatch.setattr(batch._Solver, "_call", refuse)
+    monkeypatch.setattr(solving.Solver, "_call", refuse)
     outcome = solve_folder(restorer, SR4, folder, out, **STEPS)
     assert outcome.failed == {"c.png": "out of memory"}
     assert set(files(out)) == {"a.png", "b.png", "d.png", "e.png"}
@@ -318,11 +414,24 @@ def test_a_folder_serves_one_run_at_a_time(folder, out, restorer, monkeypatch) -
         manifest.lock(folder, main=False)
 
 
+def test_the_trial_tells_what_is_broken(folder, out, restorer) -> None:
+    solve_folder(restorer, SR4, folder, out, **STEPS)
+    expected = trial_batch.results(out)
+    assert len(expected) == 5 and trial_batch.differences(out, expected) == []
+    (out / "a.png").write_bytes(b"broken")
+    (out / "b.png").unlink()
+    (out / ".c.png.tmp").write_bytes(b"of a killed run")
+    assert set(trial_batch.differences(out, expected)) == {
+        *("out: a.png differs", "out: b.png is missing", "out: .c.png.tmp is too many")
+    }
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
         ({"batch_size": 0}, ValueError, "batch_size is 0; expected 1 or more"),
         ({"num_images_per_prompt": 2}, TypeError, r"got 'num_images_per_prompt'; expected arguments of the call"),
+        ({"memory": "some"}, ValueError, "memory is 'some'; expected 'auto', 'fast', 'low', or bytes"),
         ({"jacobean": "free"}, TypeError, "got 'jacobean'"),
         ({"cross_attention_kwargs": {"x": object()}}, TypeError, "an argument is object; expected what JSON holds"),
         ({"task": Inpaint("mask.png")}, TypeError, "is VMLRestorePipeline; expected VMLInpaintPipeline"),
@@ -346,6 +455,12 @@ def test_bad_arguments_are_refused_before_any_work(folder, out, restorer, argume
         (["in", "--task", "inpaint", "--mask", "no.png"], "with --mask no.png, which does not exist"),
         (["in", "--task", "inpaint", "--mask", "in", "--quality", "5"], "--quality came with --task inpaint"),
         (["in", "--quality", "5"], "--quality came with --task sr4; expected only --mode"),
+        (["in", "--task", "sr4+jpeg"], "--task sr4+jpeg came without --quality; expected that of all images"),
+        (
+            ["in", "--task", "inpaint", "--mask", "in", "--crop"],
+            "--crop came with --task inpaint, which solves any size",
+        ),
+        (["in", "--memory", "much"], "memory is 'much'; expected 'auto', 'fast', 'low', or bytes"),
         (["in", "--model", "none"], "none is no folder; expected a Stable Diffusion checkpoint"),
     ],
 )

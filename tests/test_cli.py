@@ -5,6 +5,8 @@ Inpainting runs on the bundled checkpoint, restoration on tiny random networks.
 
 from __future__ import annotations
 
+import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw
 
 import vml_ldm
 from vml_ldm import cli, damage
 from vml_ldm.assets import bundled_model, example_images
-from vml_ldm.cli import main
+from vml_ldm.cli import files, main
+from vml_ldm.families import FAMILIES
 from vml_ldm.images import load_image
+from vml_ldm.pipelines._registering import PIPELINES
 
 QUICK = ("--steps", "4", "--preset", "fast")
 
@@ -258,13 +264,19 @@ def test_restoring_a_simulation_s_measurement_is_the_simulation(photo, model, tm
     ("size", "task", "result", "said"),
     [
         ((18, 20), "sr4", (72, 80), "size       18 x 20, solved at 72 x 80; the result is 72 x 80"),
-        ((120, 80), "sr8", (96, 64), "scaled to 12 x 8"),
-        ((150, 70), "motion", (96, 70), "of which the middle 96 x 70 is used, solved at 96 x 72 and cropped"),
+        ((120, 80), "sr8 --resize", (96, 64), "scaled to 12 x 8"),
+        ((150, 100), "motion --crop", (96, 96), "of which the middle 96 x 96 is used, solved at 96 x 96"),
+        ((150, 70), "jpeg --quality 10", (150, 70), "150 x 70, solved at 152 x 72 and cropped; the result is 150 x 70"),
+        ((30, 28), "sr4 --whole", (120, 112), "30 x 28, solved at 120 x 112; the result is 120 x 112"),
+        ((10, 12), "sr4", (40, 48), "scaled to 16 x 19, solved at 64 x 80 and cropped; the result is 40 x 48"),
+        ((40, 48), "crop --margin 4,8,12,16", (64, 64), "size       40 x 48, solved at 64 x 64; the result is 64 x 64"),
+        ((16, 16), "sr4+jpeg --quality 50", (64, 64), "size       16 x 16, solved at 64 x 64"),
+        ((64, 32), "rows", (64, 64), "size       64 x 32, solved at 64 x 64"),
     ],
 )
 def test_a_measurement_of_any_size_is_solved(photo, model, tmp_path, capsys, size, task, result, said) -> None:
     out = tmp_path / "out.png"
-    assert main(["restore", photo(*size), "-o", str(out), "--task", task, "--model", model, *QUICK]) == 0
+    assert main(["restore", photo(*size), "-o", str(out), "--model", model, *QUICK, "--task", *task.split()]) == 0
     assert Image.open(out).size == result
     assert said in capsys.readouterr().out.splitlines()[0]
 
@@ -280,14 +292,91 @@ def test_a_measurement_of_any_size_is_solved(photo, model, tmp_path, capsys, siz
         (["--task", "kernel", "--kernel", "black.png"], "black.png is all black; expected a picture of a kernel"),
         (["--task", "hdr", "--simulate"], "out-measured.png exists. Pass --force"),
         (["--task", "hdr", "--model", "none"], "none is no folder"),
+        (
+            ["--task", "sr4"],
+            "64 x 64 pixels, whose result would have 256 x 256; expected a result whose shorter side is",
+        ),
+        (["--task", "jpeg+sr4", "--std", "3"], "--std came with --task jpeg+sr4; expected only --quality, --mode"),
+        (["--task", "colorize+jpeg"], "comes after one that leaves none"),
+        (["--task", "hdr", "--memory", "much"], "memory is 'much'; expected 'auto', 'fast', 'low', or bytes"),
+        (
+            ["--task", "hdr", "--model", "flux"],
+            "flux is a checkpoint of FluxPipeline; to restore here, expected one of Stable",
+        ),
+        (
+            ["--task", "hdr", "--model", "sd3"],
+            "sd3 is a checkpoint of StableDiffusion3Pipeline; to restore here, expected",
+        ),
     ],
 )
-def test_restore_refuses(photo, tmp_path, capsys, monkeypatch, more: list[str], complaint: str) -> None:
+def test_restore_refuses(photo, model, tmp_path, capsys, monkeypatch, more: list[str], complaint: str) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, transformer in (("Flux", "FluxTransformer2DModel"), ("StableDiffusion3", "SD3Transformer2DModel")):
+        folder = Path("sd3" if name[-1] == "3" else "flux")
+        folder.mkdir()
+        parts = {"transformer": ["diffusers", transformer], "vae": ["diffusers", "AutoencoderKL"]}
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": f"{name}Pipeline", **parts}))
+    more = more if "--model" in more else [*more, "--model", model]
     Image.new("L", (5, 5)).save("black.png")
     Path("out-measured.png").write_bytes(b"mine")
     assert complaint in refused(["restore", photo(64, 64), "-o", "out.png", *more], capsys)
     assert not Path("out.png").exists() and Path("out-measured.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("save", "said"), [({"quality": 20}, "20, by the steps in"), (None, "10, assumed")])
+def test_jpeg_takes_the_file_s_own_quality_or_says_what_it_assumes(photo, model, tmp_path, capsys, save, said) -> None:
+    clean, out = photo(64, 64), tmp_path / "out.png"
+    if save:
+        Image.open(clean).convert("RGB").save(tmp_path / "photo.jpg", **save)
+        clean = str(tmp_path / "photo.jpg")
+    command = ["restore", clean, "-o", str(out), "--task", "jpeg", "--model", model, *QUICK]
+    assert main(command) == 0
+    assert said in capsys.readouterr().out.splitlines()[0]
+    before = pixels(out)
+    assert main([*command, "--quality", said.split(",")[0], "--force"]) == 0
+    assert "quality" not in capsys.readouterr().out and (pixels(out) == before).all()
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-xl", "stable-diffusion-3"])
+@pytest.mark.parametrize("precision", [[], ["--bfloat16"]])
+def test_the_pipeline_is_that_of_the_folder_s_family(pair, tmp_path, capsys, family, precision) -> None:
+    xl = family.endswith("xl")
+    parts, stock = (
+        (tiny.xl_components(), StableDiffusionXLPipeline)
+        if xl
+        else (
+            tiny.sd3_components(),
+            StableDiffusion3Pipeline,
+        )
+    )
+    stock(**parts).save_pretrained(tmp_path / "model")
+    image, mask = pair(64, 72)
+    out, more = tmp_path / "out.png", ["--model", str(tmp_path / "model"), *QUICK, *precision, "--memory", "fast"]
+    assert main(["inpaint", image, mask, "-o", str(out), *more]) == 0
+    before, after, white = pixels(image), pixels(out), pixels(mask) > 0
+    assert (after[~white] == before[~white]).all() and (after[white] != before[white]).any()
+    capsys.readouterr()
+    said = refused(["demo", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "demo")], capsys)
+    assert said.endswith("to inpaint here, expected one of Stable Diffusion 1.x and 2.x.")
+    if xl:
+        assert main(["restore", image, "-o", str(out), "--task", "hdr", "--force", *more]) == 0
+        assert pixels(out).shape == (72, 64, 3)
+
+
+def test_families_are_diffusers_own_and_so_are_their_pipelines() -> None:
+    from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING as STOCK
+
+    for family, kinds in FAMILIES.items():
+        assert issubclass(getattr(vml_ldm, kinds["inpaint"]), STOCK[family])
+    assert {name for kinds in FAMILIES.values() for name in kinds.values()} == {
+        pipeline.__name__ for pipeline in PIPELINES
+    }
+
+
+def test_half_precision_is_that_of_the_networks(model, monkeypatch) -> None:
+    options = argparse.Namespace(model=Path(model), dtype="bfloat16", memory="1GiB")
+    pipe = files.open_pipeline(options, "restore", "cpu")
+    assert {network.dtype for network in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
 
 
 def test_a_kernel_from_a_file_is_brought_to_sum_one(photo, model, tmp_path) -> None:
@@ -300,5 +389,9 @@ def test_a_kernel_from_a_file_is_brought_to_sum_one(photo, model, tmp_path) -> N
     assert np.abs(pixels(tmp_path / "out-measured.png")[:, 1:-1] - blurred).max() <= 0.51
 
 
-def test_the_parser_knows_every_task() -> None:
-    assert tuple(cli.TASKS) == tuple(damage.TASKS)
+def test_the_parser_knows_every_task_and_parameter() -> None:
+    assert tuple(cli.TASKS) == tuple(damage.TASKS) and cli.JOIN == damage.JOIN
+    for command in (["restore", "x"], ["batch", "x"]):
+        options = cli._parser().parse_args([*command, "-o", "y", "--task", "sr4+jpeg"])
+        assert all(getattr(options, name) is None for name in damage.PARAMETERS) and options.oversize == "refuse"
+        assert {"memory", "dtype"} <= vars(options).keys()

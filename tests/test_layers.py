@@ -35,6 +35,7 @@ RULES = {
     "vml_ldm.damage": Rule(1, frozenset({"torch"})),
     "vml_ldm.posing": Rule(2, frozenset({"torch"})),
     "vml_ldm.manifest": Rule(0, frozenset()),
+    "vml_ldm.families": Rule(0, frozenset()),
     "vml_ldm.fitting": Rule(1, frozenset({"torch"})),
     "vml_ldm.objective": Rule(1, frozenset({"torch"})),
     "vml_ldm.optimize": Rule(2, frozenset({"torch"})),

@@ -93,7 +93,9 @@ def test_bad_levels_are_refused(scales, renoise):
         Levels(scales, renoise=renoise)
 
 
-@pytest.mark.parametrize("options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}])
+@pytest.mark.parametrize(
+    "options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}]
+)
 def test_bad_choices_are_refused_before_any_work(options):
     _, _, y = random_problem()
     with pytest.raises(ValueError, match="expected"):

@@ -6,6 +6,7 @@ Masks here are 1 = known.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from vml_ldm.images import seamless
 from vml_ldm.operators import Compose, Crop, Operator
 
+Size = tuple[int, int]  # (height, width)
+OVERSIZE = ("refuse", "resize", "crop", "fit", "whole")  # what is done to what is too large, see `Window.choose`
 _NEAR = 1.5  # up to so many times the model's own size an image is solved as it is
 _GRID = 16  # a measurement is cropped at multiples of it, which are corners of JPEG's blocks too
 
@@ -95,47 +98,77 @@ class Window:
         found: of the measurement.
         scaled: of it after scaling, by `scale`.
         used: of the middle of that.
-        image: of the image that it measures, a factor larger than `used`.
+        image: of the image that it measures.
         canvas: of the image that the model makes; its lower and right rim, beyond `image`, is not measured.
+        result: of what is handed back, if it is not `image`.
     """
 
-    found: tuple[int, int]
-    scaled: tuple[int, int]
-    used: tuple[int, int]
-    image: tuple[int, int]
-    canvas: tuple[int, int]
+    found: Size
+    scaled: Size
+    used: Size
+    image: Size
+    canvas: Size
     scale: float = 1.0
+    result: Size | None = None
 
     @classmethod
     def choose(
-        cls, found: tuple[int, int], native: int, stride: int, *, factor: int = 1, scales: bool = True
+        cls,
+        found: Size,
+        native: int,
+        stride: int,
+        *,
+        grow: Callable[[Size, float], Size] = lambda size, scale: size,
+        scales: bool = True,
+        oversize: str = "refuse",
     ) -> Window:
-        """Scale so that the image's shorter side is native, unless it is native to 1.5 native already.
+        """The measurement as it is, if the image's shorter side is native to 1.5 native.
 
-        A measurement that is tied to its pixels is not scaled; the middle of it is used, up to 1.5 native each way.
+        One of a smaller image is scaled up, and the result scaled back; one that is tied to its pixels is left as it
+        is. What is done to one of a larger image, by `oversize`:
+
+            "refuse"    it is refused
+            "resize"    scaled down until the image is native; the result is as large as that
+            "crop"      its middle is used, up to an image of 1.5 native each way
+            "fit"       "resize", or "crop" where it is tied to its pixels
+            "whole"     nothing: it is solved at its size
 
         Args:
             found: of the measurement.
             native: side of the images that the model was trained on.
-            stride: pixels for each latent, of the VAE.
-            factor: sides of the image over those of the measurement.
+            stride: pixels, of which the canvas's sides are multiples.
+            grow: size of a measurement, how much it was scaled -> size of the image.
             scales: False: tied to its pixels.
+
+        Raises:
+            ValueError: an image that is larger, with "refuse", or with "resize" where it is tied; another `oversize`.
         """
-        side = factor * min(found)
-        keep = not scales or native <= side <= _NEAR * native
-        scale = 1.0 if keep else native / side
+        if oversize not in OVERSIZE:
+            raise ValueError(f"oversize is {oversize!r}; expected one of {', '.join(OVERSIZE)}.")
+        oversize = ("resize" if scales else "crop") if oversize == "fit" else oversize
+        image, most = grow(found, 1.0), int(_NEAR * native)
+        scale, used, result = 1.0, found, None
+        if min(image) > most and (oversize == "refuse" or (oversize == "resize" and not scales)):
+            raise ValueError(_too_large(found, image, native, most, scales))
+        if min(image) > most and oversize == "resize":
+            scale = native / min(image)
+        elif min(image) < native and scales:
+            scale, result = native / min(image), image
         scaled = tuple(max(1, round(scale * length)) for length in found)
-        most = max(scaled) if scales else int(_NEAR * native)
-        used = tuple(min(length, most) for length in scaled)
-        image = tuple(factor * length for length in used)
-        return cls(found, scaled, used, image, tuple(math.ceil(n / stride) * stride for n in image), scale)
+        used = (
+            tuple(_longest(grow, scaled, axis, most) for axis in (0, 1))
+            if oversize == "crop" and scale == 1
+            else scaled
+        )
+        image = grow(used, scale)
+        return cls(found, scaled, used, image, tuple(math.ceil(n / stride) * stride for n in image), scale, result)
 
     def text(self) -> str:
         """One line that says what is done to the size."""
         steps = [] if self.scaled == self.found else [f"scaled to {_by(self.scaled)}"]
         steps += [] if self.used == self.scaled else [f"of which the middle {_by(self.used)} is used"]
         steps += [f"solved at {_by(self.canvas)}" + ("" if self.canvas == self.image else " and cropped")]
-        return f"size       {_by(self.found)}, {', '.join(steps)}; the result is {_by(self.image)}"
+        return f"size       {_by(self.found)}, {', '.join(steps)}; the result is {_by(self.result or self.image)}"
 
     def bring(self, y: Tensor) -> Tensor:
         """Measurements (B, C, h, w) in [0, 1] as the solver gets it."""
@@ -149,8 +182,28 @@ class Window:
         return operator if self.canvas == self.image else Compose(Crop(self.canvas, 0, 0, *self.image), operator)
 
     def take_back(self, canvas: Tensor) -> Tensor:
-        """The measured part of the solver's image."""
-        return canvas[..., : self.image[0], : self.image[1]]
+        """The measured part of the solver's image, at the size of the result."""
+        image = canvas[..., : self.image[0], : self.image[1]]
+        if self.result in (None, self.image):
+            return image
+        return F.interpolate(image, self.result, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _longest(grow: Callable[[Size, float], Size], scaled: Size, axis: int, most: int) -> int:
+    """The length of a measurement along an axis whose image has at most so many pixels, at least 1."""
+    lengths = range(scaled[axis], 0, -1)
+    return next((n for n in lengths if grow((n, n), 1.0)[axis] <= most), 1)
+
+
+def _too_large(found: Size, image: Size, native: int, most: int, scales: bool) -> str:
+    same = "" if found == image else f", whose result would have {_by(image)}"
+    shrink = "resize (--resize) to shrink it first, " if scales else ""
+    tied = "" if scales else " (It is tied to its pixels, and cannot be shrunk.)"
+    return (
+        f"the picture has {_by(found)} pixels{same}; expected a result whose shorter side is at most {most}, as the "
+        f"model was trained on {native} x {native}. Choose {shrink}crop (--crop) to use its middle, or whole (--whole) "
+        f"to solve it all the same.{tied}"
+    )
 
 
 def _by(size: tuple[int, int]) -> str:

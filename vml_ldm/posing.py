@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vml_ldm.damage import TASKS, parameters
-from vml_ldm.fitting import Fit, Window
+from vml_ldm.damage import damage, parameters
+from vml_ldm.fitting import OVERSIZE, Fit, Window
 from vml_ldm.images import from_pil, read_image, upright_mask, upright_rgb
+from vml_ldm.operators.jpeg import quality_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class Restore:
     """What ``vml-ldm restore`` does: an image whose damage by a task gives the file.
 
     Args:
-        task: a name in `vml_ldm.damage.TASKS`.
+        task: names in `vml_ldm.damage.TASKS`, joined by "+" in the order in which the picture met them.
         noise: standard deviation of the measurement's noise, in [0, 1].
+        oversize: what is done to a picture whose result is too large for the model, see `Window.choose`.
         parameters: of the task.
 
     Raises:
@@ -44,19 +45,19 @@ class Restore:
         TypeError: a parameter that the task does not have.
     """
 
-    pipeline = "VMLRestorePipeline"
+    kind = "restore"  # of task, see `vml_ldm.families`
 
-    def __init__(self, task: str, noise: float = 0.0, **parameters):
-        if task not in TASKS:
-            raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
-        self.task, self.noise, self.parameters = task, noise, parameters
-        self.damage = TASKS[task](**parameters)
+    def __init__(self, task: str, noise: float = 0.0, *, oversize: str = "refuse", **parameters):
+        if oversize not in OVERSIZE:
+            raise ValueError(f"oversize is {oversize!r}; expected one of {', '.join(OVERSIZE)}.")
+        self.task, self.noise, self.oversize, self.parameters = task, noise, oversize, parameters
+        self.damage = damage(task, **parameters)
 
     def settings(self) -> dict:
         """All that the task depends on beside the files, as plain values; a tensor by its digest."""
         values = {name: p.default for name, p in parameters(self.task).items()} | self.parameters
         plain = {name: _digest(v.numpy().tobytes()) if isinstance(v, Tensor) else v for name, v in values.items()}
-        return {"task": self.task, "noise": self.noise, **plain}
+        return {"task": self.task, "noise": self.noise, "oversize": self.oversize, **plain}
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """The files that one image's problem is read from."""
@@ -68,25 +69,44 @@ class Restore:
 
     def pose(self, y: Tensor, *, native: int, stride: int) -> Posed:
         """y (B, C, h, w) at a size that the model solves; `native` and `stride` as in `model_sizes`."""
-        found = tuple(y.shape[2:])
-        window = Window.choose(found, native, stride, factor=self.damage.factor, scales=self.damage.scales)
+        window = Window.choose(
+            tuple(y.shape[2:]),
+            native,
+            stride,
+            grow=self.damage.image_size,
+            scales=self.damage.scales,
+            oversize=self.oversize,
+        )
         height, width = window.canvas
         arguments = {
             "height": height,
             "width": width,
             "y": window.bring(y),
-            "operator": window.see(self.damage.make(window.scale)),
+            "operator": window.see(self.damage.make(window.scale, window.image)),
             "sigma_y": self.noise * min(1.0, window.scale),  # pixels that are averaged lose noise
         }
         return Posed(window.text(), arguments, window.take_back)
 
     def simulate(self, clean: Tensor, seed: int, *, native: int, stride: int) -> Tensor:
         """y of a clean picture (B, 3, H, W) in [0, 1]: the damage at a size that the model solves, and its noise."""
-        window = Window.choose(tuple(clean.shape[2:]), native, stride)
-        unit = math.lcm(stride, self.damage.factor)
-        height, width = (length // unit * unit for length in window.scaled)
-        y = self.damage.make(1.0)(window.bring(clean)[..., :height, :width])
+        window = Window.choose(tuple(clean.shape[2:]), native, stride, oversize="resize")
+        size = tuple(self._whole(length, axis, stride) for axis, length in enumerate(window.scaled))
+        y = self.damage.make(1.0, size)(window.bring(clean)[..., : size[0], : size[1]])
         return y + self.noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+
+    def _whole(self, length: int, axis: int, stride: int) -> int:
+        """The longest side, up to a length, of an image that this damage measures wholly; of the stride if it can be.
+
+        Raises:
+            ValueError: there is none that leaves anything of the picture.
+        """
+        seen = [self.damage.image_size((n, n))[axis] for n in range(1, length + 1)]
+        fits = [n for n in seen if n <= length]
+        if not fits:
+            raise ValueError(
+                f"{self.task} leaves nothing of {length} pixels; expected a larger picture, or less of it."
+            )
+        return max([n for n in fits if n % stride == 0] or fits)
 
 
 class Inpaint:
@@ -97,7 +117,7 @@ class Inpaint:
         shorter: side to solve at, in pixels; None is the model's choice, see `Fit.choose`.
     """
 
-    pipeline = "VMLInpaintPipeline"
+    kind = "inpaint"  # of task, see `vml_ldm.families`
 
     def __init__(self, mask: str | Path, shorter: int | None = None):
         self.mask, self.shorter = Path(mask), shorter
@@ -140,13 +160,26 @@ def pose_hole(image: Tensor, known: Tensor, *, native: int, stride: int, shorter
     """Images (B, 3, H, W) with what is known (B, 1, H, W) for the inpaint pipeline; sizes as of `Fit.choose`."""
     fit = Fit.choose(tuple(image.shape[2:]), native, stride, shorter)
     canvas, seen = fit.bring(image, known)
-    arguments = {"height": canvas.shape[2], "width": canvas.shape[3], "image": canvas, "mask_image": 1 - seen}
+    size = {"height": canvas.shape[2], "width": canvas.shape[3]}
+    arguments = {**size, "image": canvas, "mask_image": 1 - seen, "strength": 1.0}  # nothing of the hole is a start
     return Posed(fit.text(), arguments, lambda painted: fit.take_back(painted, image, known))
 
 
 def model_sizes(pipe) -> dict[str, int]:
-    """Of a pipeline's model, in pixels: `native`, the side of its images, and `stride`, pixels for each latent."""
-    return {"native": pipe.unet.config.sample_size * pipe.vae_scale_factor, "stride": pipe.vae_scale_factor}
+    """Of a model, in pixels: `native`, the side of its images, and `stride`, of which its sides are multiples."""
+    config, scale = denoiser(pipe).config, pipe.vae_scale_factor
+    return {"native": config.sample_size * scale, "stride": (getattr(config, "patch_size", None) or 1) * scale}
+
+
+def denoiser(pipe):
+    """A pipeline's network that denoises: its UNet, or the transformer of flow models."""
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def jpeg_quality(picture) -> tuple[int, bool] | None:
+    """The quality that a PIL image's file was saved with, and whether that is exact; None of a file that is no JPEG."""
+    tables = getattr(picture, "quantization", None)
+    return quality_of(tables[0]) if tables and 0 in tables else None
 
 
 def digest(paths: tuple[Path, ...]) -> str:

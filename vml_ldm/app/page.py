@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vml_ldm.app.solving import Frame, Solver
 from vml_ldm.assets import example_images
-from vml_ldm.damage import TASKS, parameters
+from vml_ldm.damage import PARAMETERS, TASKS, parameters
 from vml_ldm.images import from_pil, load_image, to_pil, upright_rgb
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.posing import Posed, Restore, pose_hole
@@ -30,7 +30,6 @@ _TOLD = {"duration": None, "print_exception": False}
 _EXAMPLES = 6
 _SIDE = 420  # pixels, of the pictures on the page
 _FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the network
-PARAMETERS = tuple(dict.fromkeys(name for task in TASKS for name in parameters(task)))  # in the order of `_widgets`
 THEME = gr.themes.Soft(primary_hue="teal", **_FONTS)
 
 
@@ -160,7 +159,7 @@ def _restore_tab() -> Tab:
 
 
 def _widgets(task: str) -> dict[str, gr.components.Component]:
-    """Parameters of every damage, of which those of the task are seen."""
+    """Parameters of every damage, in the order of `PARAMETERS`, of which those of the task are seen."""
     sees = lambda name: {"visible": name in parameters(task), "elem_id": f"parameter-{name}"}  # noqa: E731
     return {
         "mode": gr.Radio(["bicubic", "average"], value="bicubic", label="Shrunk by", **sees("mode")),
@@ -171,6 +170,10 @@ def _widgets(task: str) -> dict[str, gr.components.Component]:
         "kernel": gr.Image(label="Kernel, bright where the light went", type="pil", height=160, **sees("kernel")),
         "quality": gr.Slider(1, 95, 10, step=1, label="JPEG quality", **sees("quality")),
         "contrast": gr.Slider(1, 4, 2, step=0.1, label="Contrast", **sees("contrast")),
+        "margin": gr.Slider(0, 256, 16, step=1, label="Pixels around the picture", **sees("margin")),
+        "gamma": gr.Slider(0.2, 5, 2.2, step=0.1, label="Gamma", **sees("gamma")),
+        "rows": gr.Slider(1, 8, 2, step=1, label="Every so many-th row", **sees("rows")),
+        "columns": gr.Slider(1, 8, 1, step=1, label="Every so many-th column", **sees("columns")),
     }
 
 
@@ -241,7 +244,7 @@ def _damage(task: str, noise: float, values: dict) -> Restore:
         if values["kernel"] is None:
             raise ValueError("there is no kernel; upload a picture of it, bright where the light went.")
         values["kernel"] = from_pil(values["kernel"])[0].mean(0)
-    return Restore(task, noise, **values)
+    return Restore(task, noise, oversize="fit", **values)
 
 
 def _asked(prompt: str, preset: str, steps: int, guidance: float, seed: int) -> dict:

@@ -13,6 +13,11 @@ from . import app, batch, benchmark, demo, inpaint, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+OVERSIZE = {
+    "resize": "shrink it first",
+    "crop": "use its middle",
+    "whole": "solve it at its size all the same",
+}
 PRESETS = ("fast", "balanced", "best")
 SOLVERS = ("vml", "red-diff")
 TASKS = {
@@ -24,7 +29,12 @@ TASKS = {
     "jpeg": "JPEG compression",
     "colorize": "no colours",
     "hdr": "shadows and lights clipped",
+    "crop": "surroundings cut off (outpainting)",
+    "gamma": "a tone curve",
+    "nonlinear": "a Gaussian blur of light, not of pixel values",
+    "rows": "every other row, or column, cut out",
 }
+JOIN = "+"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,11 +85,12 @@ def _add_inpaint(parser: argparse.ArgumentParser) -> None:
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Find an image whose damage by the task gives IMAGE, the measurement. One that is larger or smaller than what "
-        "the model was trained on is scaled, or where the damage is tied to its pixels (motion, kernel, jpeg), cropped."
+        "Find an image whose damage by the task gives IMAGE, the measurement, which is taken as it is: sr4 makes a "
+        "picture of 128 pixels one of 512. One whose result would be much larger than what the model was trained on is "
+        "refused, unless --resize, --crop or --whole says what to do."
     )
     parser.add_argument("image", metavar="IMAGE", type=Path)
-    _add_task(parser, TASKS)
+    _add_task(parser)
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="file to write (PNG)")
     parser.add_argument(
         "--simulate", action="store_true", help="IMAGE is clean: damage it first, and write that to OUT-measured.png"
@@ -93,10 +104,10 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Solve every image of FOLDER and write PNG files and manifest.jsonl into OUT. A run that was interrupted goes "
         "on where it was. In several processes, also on several machines that share both folders: "
-        "accelerate launch --num_processes N -m vml_ldm.cli batch FOLDER ..."
+        "accelerate launch --multi_gpu --num_processes N -m vml_ldm.cli batch FOLDER ... (also without a GPU)"
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    _add_task(parser, {batch.INPAINT: "repaint the white part of a mask", **TASKS})
+    _add_task(parser, {batch.INPAINT: "repaint the white part of a mask"})
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder of the results")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time (default: 4)")
     _add_painting(parser)
@@ -107,9 +118,24 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=batch.run)
 
 
-def _add_task(parser: argparse.ArgumentParser, tasks: dict[str, str]) -> None:
-    described = "; ".join(f"{name}: {what}" for name, what in tasks.items())
-    parser.add_argument("--task", choices=tuple(tasks), required=True, help=described)
+def _add_task(parser: argparse.ArgumentParser, alone: dict[str, str] | None = None) -> None:
+    """Args: alone: tasks that are not joined to others."""
+    alone = alone or {}
+    described = "; ".join(f"{name}: {what}" for name, what in {**alone, **TASKS}.items())
+
+    def task(text: str) -> str:
+        if unknown := [name for name in text.split(JOIN) if name not in TASKS and text not in alone]:
+            expected = ", ".join((*alone, *TASKS))
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no task; expected {expected}, or several as sr4+jpeg")
+        return text
+
+    parser.add_argument(
+        "--task",
+        type=task,
+        metavar="TASK",
+        required=True,
+        help=f"{described}. Several, as sr4+jpeg, happened to the picture in this order",
+    )
 
 
 def _add_damage(parser: argparse.ArgumentParser) -> None:
@@ -118,15 +144,27 @@ def _add_damage(parser: argparse.ArgumentParser) -> None:
         "--noise", type=_not_negative, default=0.0, metavar="STD", help="of the measurement, in [0, 1] (default: 0)"
     )
     parser.add_argument("--solver", choices=SOLVERS, help="default: the pipeline's (vml)")
+    parser.set_defaults(oversize="refuse")
+    large = parser.add_mutually_exclusive_group()
+    for name, what in OVERSIZE.items():
+        large.add_argument(f"--{name}", dest="oversize", action="store_const", const=name, help=f"too large: {what}")
     damage = parser.add_argument_group("the damage")
     damage.add_argument("--mode", choices=("bicubic", "average"), help="of sr4 and sr8 (default: bicubic)")
-    damage.add_argument("--std", type=float, metavar="PIXELS", help="of deblur's Gaussian (default: 3)")
+    damage.add_argument("--std", type=float, metavar="PIXELS", help="of deblur's and nonlinear's Gaussian (default: 3)")
     damage.add_argument("--length", type=float, metavar="PIXELS", help="of motion's path (default: 15)")
     damage.add_argument("--intensity", type=float, help="of motion, 0 (straight) to 1 (shaking) (default: 0.5)")
     damage.add_argument("--kernel-seed", type=int, metavar="SEED", help="of motion's path (default: 0)")
     damage.add_argument("--kernel", type=Path, metavar="FILE", help="a picture of kernel's kernel, black around it")
-    damage.add_argument("--quality", type=int, help="that jpeg was saved with, 1 to 100 (default: 10)")
+    damage.add_argument(
+        "--quality", type=int, help="that jpeg was saved with, 1 to 100 (default: a JPEG file's own, or 10)"
+    )
     damage.add_argument("--contrast", type=float, help="of hdr, > 0 (default: 2)")
+    damage.add_argument(
+        "--margin", type=_margin, metavar="PIXELS", help="that crop lost on each side, or ABOVE,RIGHT,BELOW,LEFT (16)"
+    )
+    damage.add_argument("--gamma", type=float, help="of gamma and nonlinear (default: 2.2)")
+    damage.add_argument("--rows", type=_positive, metavar="N", help="of rows: every N-th was kept (default: 2)")
+    damage.add_argument("--columns", type=_positive, metavar="N", help="of rows: every N-th was kept (default: 1)")
 
 
 def _add_app(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +226,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", action="store_true", help="only time one solve against levels, inner steps, pixels and batch"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="networks in half precision")
+    _add_precision(parser)
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
@@ -202,6 +240,21 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, help="speed against quality (default: the pipeline's)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    _add_precision(parser)
+    parser.add_argument(
+        "--memory",
+        metavar="HOW",
+        help="auto, fast, low, or a budget above the weights, such as 4GiB (default: the pipeline's, auto)",
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    """Of the networks."""
+    group = parser.add_mutually_exclusive_group()
+    for name in ("float16", "bfloat16"):
+        group.add_argument(
+            f"--{name}", dest="dtype", action="store_const", const=name, help="networks in half precision"
+        )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +262,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="PATH",
         type=Path,
-        help="folder of a Stable Diffusion 1.x or 2.x checkpoint (default: the bundled one)",
+        help="folder of a Stable Diffusion checkpoint in diffusers' layout (default: the bundled one)",
     )
 
 
@@ -224,6 +277,16 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
+
+
+def _margin(text: str) -> int | list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 4) or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no margin; expected pixels >= 0, one number or four")
+    return values[0] if len(values) == 1 else values
 
 
 def _not_negative(text: str) -> float:

@@ -6,7 +6,9 @@ import argparse
 import os
 from importlib.util import find_spec
 
-from .files import UsageError, load, open_checkpoint
+from vml_ldm.families import ONE
+
+from .files import UsageError, open_pipeline
 
 HOST = "127.0.0.1"
 
@@ -16,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     if find_spec("gradio") is None:
         raise UsageError('the page needs gradio, which is not installed; pip install "vml-ldm[app]" adds it.')
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
-    pipe = load(open_checkpoint(options.model), "VMLInpaintPipeline")
+    pipe = open_pipeline(options, "inpaint", families=ONE)
     from vml_ldm.app.page import THEME, build
 
     page = build(pipe)

@@ -6,27 +6,28 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .files import UsageError, asked, load, open_checkpoint, quiet, refusing
-from .restore import PARAMETERS, flag, restoration
+from .files import UsageError, asked, open_checkpoint, open_pipeline, quiet, refusing
+from .restore import flag, given_parameters, restoration
 
 if TYPE_CHECKING:
     from vml_ldm.posing import Inpaint, Restore
 
 EXIT_FAILED = 1
 INPAINT = "inpaint"
-_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver", *PARAMETERS)
+_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver")
 
 
 def run(options: argparse.Namespace) -> int:
     """Solve every image of a folder; return 1 if some could not be solved."""
-    task, model = _task(options), open_checkpoint(options.model)
+    task = _task(options)
+    open_checkpoint(options.model)
     quiet()
     from vml_ldm.batch import image_names, process, solve_folder
 
     with refusing():
         image_names(options.folder, options.output)
     state = process()
-    pipe = load(model, task.pipeline, state.device)
+    pipe = open_pipeline(options, task.kind, state.device)
     try:
         with refusing():
             outcome = solve_folder(
@@ -55,10 +56,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _task(options: argparse.Namespace) -> Restore | Inpaint:
     """The task, after options that belong to another one were refused."""
-    foreign = _OF_RESTORE if options.task == INPAINT else _OF_INPAINT
-    if given := [name for name in foreign if getattr(options, name) not in (None, 0.0)]:
+    restores = options.task != INPAINT
+    given = [name for name in (_OF_INPAINT if restores else _OF_RESTORE) if getattr(options, name) not in (None, 0.0)]
+    if not restores:
+        given += given_parameters(options)
+    if given:
         raise UsageError(f"{flag(given[0])} came with --task {options.task}, which does not take it; leave it out.")
-    if options.task != INPAINT:
+    if not restores and options.oversize != "refuse":
+        raise UsageError(f"--{options.oversize} came with --task {INPAINT}, which solves any size; leave it out.")
+    if restores:
+        if "jpeg" in options.task.split("+") and options.quality is None:
+            raise UsageError(f"--task {options.task} came without --quality; expected that of all images, 1 to 100.")
         return restoration(options)
     if options.mask is None or not options.mask.exists():
         came = "without --mask" if options.mask is None else f"with --mask {options.mask}, which does not exist"

@@ -6,7 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from .files import UsageError, check_count, load, named, one_line, open_checkpoint, open_rows, peak_memory, quiet
+from vml_ldm.families import ONE
+
+from .files import (
+    UsageError,
+    check_count,
+    named,
+    one_line,
+    open_checkpoint,
+    open_pipeline,
+    open_rows,
+    peak_memory,
+    quiet,
+)
 
 _INSTALLING = {"cv2": 'pip install "vml-ldm[eval]"', "azula": "pip install --no-deps azula einops"}
 
@@ -22,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     name = f"{part}of{count}" if count > 1 else ""
     rows = open_rows(_folder(options), kind=benchmark.BenchmarkRow, part=name)
     model, chosen = open_checkpoint(options.model), _chosen(options)
-    pipe = _load(options, model)
+    pipe = open_pipeline(options, "restore", families=ONE)
     plan = benchmark.Plan(
         model=model,
         steps=options.steps,
@@ -53,19 +65,9 @@ def _measure_cost(options: argparse.Namespace) -> int:
         raise UsageError("--cost came without -o; expected a folder for its table, rows and plot.")
     if taken := [name for name in ("cost.csv", "cost.md", "cost.png") if (options.output / name).exists()]:
         raise UsageError(f"{options.output / taken[0]} exists. Move it away, or pass another folder with -o.")
-    points = scaling.measure(_load(options, open_checkpoint(options.model)))
+    points = scaling.measure(open_pipeline(options, "restore", families=ONE))
     print(f"\n{scaling.write(points, options.output)}\nTable, rows and plot are in {options.output}.")
     return 0
-
-
-def _load(options: argparse.Namespace, model: str):
-    """The pipeline, in the precision that was asked for."""
-    pipe = load(model, "VMLRestorePipeline")
-    if options.bfloat16:
-        import torch
-
-        pipe.to(torch.bfloat16)
-    return pipe
 
 
 def _folder(options: argparse.Namespace) -> Path:

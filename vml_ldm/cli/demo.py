@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .files import check_count, load, named, open_checkpoint, open_rows, peak_memory
+from vml_ldm.families import ONE
+
+from .files import check_count, named, open_checkpoint, open_pipeline, open_rows, peak_memory
 
 
 def run(options: argparse.Namespace) -> int:
@@ -13,7 +15,7 @@ def run(options: argparse.Namespace) -> int:
     rows = open_rows(options.output)
     model = open_checkpoint(options.model)
     masks, count, split = _chosen(options)
-    pipe = load(model, "VMLInpaintPipeline")
+    pipe = open_pipeline(options, "inpaint", families=ONE)
     from vml_ldm.evaluation import demo
 
     plan = demo.Plan(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import vml_ldm
+from vml_ldm.families import FAMILIES, INDEX, pipeline_of
 
 
 class UsageError(Exception):
@@ -58,24 +61,51 @@ def open_checkpoint(folder: Path | None) -> str:
             return vml_ldm.bundled_model()
         except FileNotFoundError as error:
             raise UsageError(one_line(error)) from error
-    if not (folder / "model_index.json").is_file():
-        what = "has no model_index.json" if folder.is_dir() else "is no folder"
+    if not (folder / INDEX).is_file():
+        what = f"has no {INDEX}" if folder.is_dir() else "is no folder"
         raise UsageError(f"{folder} {what}; expected a Stable Diffusion checkpoint in diffusers' layout.")
     return str(folder)
 
 
-def load(model: str, pipeline: str, device=None):
-    """A pipeline of ours, by its public name, of a checkpoint; on the GPU if there is one, or where it is asked for."""
+def open_pipeline(options: argparse.Namespace, kind: str, device=None, families: tuple[str, ...] = tuple(FAMILIES)):
+    """The pipeline that solves a kind of task with the checkpoint that was asked for, in the precision that was.
+
+    Args:
+        families: that the command serves, see `vml_ldm.families`.
+    """
+    model = open_checkpoint(options.model)
+    with refusing():
+        name = pipeline_of(model, kind, families)
+        if getattr(options, "memory", None) is not None:
+            from vml_ldm.adapters.diffusers import parse_memory
+
+            parse_memory(options.memory)
+    return load(model, name, device, getattr(options, "dtype", None))
+
+
+def load(model: str, pipeline: str, device=None, dtype: str | None = None):
+    """A pipeline of ours, by its public name, of a checkpoint; on the GPU if there is one, or where it is asked for.
+
+    Args:
+        dtype: "float16", "bfloat16", or None: float32.
+    """
     quiet()
     import torch
 
+    from vml_ldm.posing import denoiser
+
     kind = getattr(vml_ldm, pipeline)
+    unchecked = {"safety_checker": None} if "safety_checker" in inspect.signature(kind.__init__).parameters else {}
+    precision = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
     try:
-        pipe = kind.from_pretrained(model, safety_checker=None, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call it dtype
+            pipe = kind.from_pretrained(model, local_files_only=True, **precision, **unchecked)
     except Exception as error:  # loaders of four libraries, each with its own errors
         raise UsageError(f"{model} does not load as a Stable Diffusion checkpoint ({one_line(error)}).") from error
-    for network in filter(None, (pipe.unet, pipe.vae, pipe.gradient_vae)):
-        network.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    for network in (denoiser(pipe), pipe.vae, pipe.gradient_vae):
+        if network is not None:
+            network.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -95,6 +125,7 @@ def asked(options: argparse.Namespace) -> dict:
         "guidance_scale": options.guidance,
         "preset": options.preset,
         "solver": getattr(options, "solver", None),
+        "memory": options.memory,
     }
     return {name: value for name, value in every.items() if value is not None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .files import check_exists, check_output, load, lossy_note, open_checkpoint, refusing, solve
+from .files import check_exists, check_output, lossy_note, open_pipeline, refusing, solve
 
 
 def run(options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     task = Inpaint(options.mask, options.size)
     with refusing():
         problem = task.read(options.image)
-    pipe = load(open_checkpoint(options.model), task.pipeline)
+    pipe = open_pipeline(options, task.kind)
     posed = task.pose(*problem, **model_sizes(pipe))
     print(posed.text)
     painted, report = solve(pipe, options, **posed.arguments)

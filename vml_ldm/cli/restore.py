@@ -10,8 +10,8 @@ from .files import (
     UsageError,
     check_exists,
     check_output,
-    load,
     open_checkpoint,
+    open_pipeline,
     refusing,
     solve,
 )
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from vml_ldm.posing import Restore
 
-PARAMETERS = ("mode", "std", "length", "intensity", "kernel_seed", "kernel", "quality", "contrast")
-
 
 def run(options: argparse.Namespace) -> int:
     """Restore one image file."""
@@ -31,16 +29,20 @@ def run(options: argparse.Namespace) -> int:
     for path in outputs:
         check_output(path, options.force)
     check_exists(options.image)
+    open_checkpoint(options.model)
     from vml_ldm.images import from_pil, read_image, to_pil
     from vml_ldm.posing import model_sizes
 
     with refusing():
         picture = read_image(options.image)
+    if not options.simulate:
+        _tell_quality(options, picture)
     task = restoration(options)
-    pipe = load(open_checkpoint(options.model), task.pipeline)
-    if options.simulate:
-        picture = _damaged(picture, task, options.seed, model_sizes(pipe))
-    posed = task.pose(from_pil(picture, task.damage.channels), **model_sizes(pipe))
+    pipe = open_pipeline(options, task.kind)
+    with refusing():
+        if options.simulate:
+            picture = _damaged(picture, task, options.seed, model_sizes(pipe))
+        posed = task.pose(from_pil(picture, task.damage.channels), **model_sizes(pipe))
     print(posed.text)
     image, report = solve(pipe, options, **posed.arguments)
     for path, result in zip(outputs, [*to_pil(posed.take_back(image)), picture], strict=False):
@@ -55,13 +57,19 @@ def _beside(output: Path) -> Path:
     return output.with_name(f"{output.stem}-measured.png")
 
 
+def given_parameters(options: argparse.Namespace) -> dict:
+    """The damage's parameters that were given."""
+    from vml_ldm.damage import PARAMETERS
+
+    return {name: getattr(options, name) for name in PARAMETERS if getattr(options, name) is not None}
+
+
 def restoration(options: argparse.Namespace) -> Restore:
     """The task with its noise and parameters, those that were given."""
     from vml_ldm.damage import parameters
     from vml_ldm.posing import Restore
 
-    given = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name) is not None}
-    known = parameters(options.task)
+    given, known = given_parameters(options), parameters(options.task)
     if foreign := [name for name in given if name not in known]:
         raise UsageError(f"{flag(foreign[0])} came with --task {options.task}; expected {_named(known)}.")
     if missing := [name for name, p in known.items() if p.default is p.empty and name not in given]:
@@ -69,7 +77,23 @@ def restoration(options: argparse.Namespace) -> Restore:
     if "kernel" in given:
         given["kernel"] = _read_kernel(given["kernel"])
     with refusing():
-        return Restore(options.task, options.noise, **given)
+        return Restore(options.task, options.noise, oversize=options.oversize, **given)
+
+
+def _tell_quality(options: argparse.Namespace, picture: Image.Image) -> None:
+    """Take the quality of a picture that JPEG damaged last from its file, where none was named, and say so."""
+    from vml_ldm.damage import parameters, split
+    from vml_ldm.posing import jpeg_quality
+
+    if split(options.task)[-1] != "jpeg" or options.quality is not None:
+        return
+    found = jpeg_quality(picture)
+    if found is None:
+        assumed = parameters("jpeg")["quality"].default
+        print(f"quality    {assumed}, assumed: {options.image} is no JPEG file now; --quality names another")
+        return
+    options.quality, exact = found
+    print(f"quality    {options.quality}, {'' if exact else 'about, '}by the steps in {options.image}")
 
 
 def _read_kernel(path: Path) -> Tensor:
@@ -89,7 +113,7 @@ def _damaged(picture: Image.Image, task: Restore, seed: int, sizes: dict) -> Ima
     from vml_ldm.images import from_pil, to_pil
 
     y = task.simulate(from_pil(picture), seed, **sizes)
-    height, width = (task.damage.factor * length for length in y.shape[2:])
+    height, width = task.damage.image_size(tuple(y.shape[2:]))
     print(f"simulated  from {picture.width} x {picture.height}, brought to {width} x {height} first")
     (measured,) = to_pil(y.expand(-1, 3, -1, -1))
     return measured if task.damage.channels == 3 else measured.convert("L")

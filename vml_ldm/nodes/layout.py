@@ -95,9 +95,9 @@ class Seen:
         pixels = to_pixels(image)
         y = pixels if damage.channels == 3 else pixels.mean(1, keepdim=True)
         size = tuple(y.shape[2:])
-        full = tuple(damage.factor * length for length in size)
+        full = damage.image_size(size)
         window = Window(size, size, size, full, _whole(full, stride))
-        operator = damage.make(1.0)
+        operator = damage.make(1.0, full)
         self.operator: Operator = window.see(operator)
         self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
         Measurement(self.operator, self.y, 1.0).check(self.canvas)

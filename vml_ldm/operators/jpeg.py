@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,18 @@ class JPEG(Operator):
         """(B, 3, H, W) in [0, 1]: the decoded image, y."""
         expect(y, "y", ("B", 3, "H", "W"), "Pass what this operator returned.")
         return y.clamp(0, 1)
+
+
+def quality_of(steps: Sequence[int]) -> tuple[int, bool]:
+    """The quality whose luma steps are nearest to a file's, and whether they are the same.
+
+    Args:
+        steps: 64 quantisation steps, row by row.
+    """
+    given = torch.tensor(steps).reshape(8, 8)
+    away = [(_steps(_LUMA, quality) - given).abs().sum().item() for quality in range(1, 101)]
+    least = min(away)
+    return away.index(least) + 1, least == 0
 
 
 def _mix(planes: Tensor, matrix: Tensor) -> Tensor:
