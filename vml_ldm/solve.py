@@ -299,9 +299,13 @@ class Metered:
 
     def __init__(self, prior: Prior, decoder: str = "decode"):
         self.prior, self.decoder, self.calls, self.seconds = prior, decoder, Counter(), Counter()
-        guide = getattr(prior, "guide", None)
-        self.guide = guide and (lambda *state: self._timed("denoise", guide, *state))
         self.pixel_scale = getattr(prior, "pixel_scale", None)
+
+    @property
+    def guide(self) -> Callable | None:
+        """The prior's, as it is now: guidance may change between levels."""
+        guide = getattr(self.prior, "guide", None)
+        return guide and (lambda *state: self._timed("denoise", guide, *state))
 
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"."""

@@ -38,6 +38,22 @@ def test_lora(subject, pipe):
     assert same(subject.images(pipe), images)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_lora_scale_and_checkpointing(subject, pipe, scale):
+    """a LoRA's scale holds where parts run again, and its layers are as they were after the call"""
+    pytest.importorskip("peft")
+    pipe.load_lora_weights(lora(pipe.unet), adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    styled, plain = subject.images(pipe), subject.images(pipe, cross_attention_kwargs={"scale": 1.0})
+    scaled = subject.images(pipe, cross_attention_kwargs={"scale": scale})
+    pipe.set_adapters("style", 0.7)
+    pipe.unet.enable_gradient_checkpointing()
+    assert same(subject.images(pipe, cross_attention_kwargs={"scale": scale}), scaled, 1e-3)
+    assert same(styled, plain) and not same(scaled, plain, 1e-3)
+    pipe.set_adapters("style", 0.7 * scale)
+    assert same(subject.images(pipe), scaled, 1e-3)
+
+
 def test_textual_inversion(subject, parts):
     """a learned word acts in the prompt, and is unloaded"""
     pipe = subject.make({**parts, "tokenizer": tiny.tokenizer()})

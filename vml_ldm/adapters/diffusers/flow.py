@@ -61,7 +61,6 @@ class FlowPrior(GuidedPrior, NetworkPrior):
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
-        guide: None without guidance.
         retries: how often a network was run once more in float32, by network.
     """
 

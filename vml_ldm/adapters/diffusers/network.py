@@ -108,8 +108,11 @@ class Draft:
     def __init__(self, prior: Autoencoded, vae: nn.Module):
         self._prior, self.vae = prior, vae
         self.denoise, self.denoise_pullback, self.encode = prior.denoise, prior.denoise_pullback, prior.encode
-        self.guide = getattr(prior, "guide", None)
         prior._guard.freeze(vae)
+
+    @property
+    def guide(self):
+        return getattr(self._prior, "guide", None)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image, as the prior's."""

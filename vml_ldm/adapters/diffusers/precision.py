@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
 import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -20,7 +21,7 @@ _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # w
 
 class Guard:
     """Runs networks and checks what they give. It owns their state while a prior is in use: gradient flags,
-    checkpointing, precision.
+    checkpointing, precision, the scale of LoRA layers.
 
     Attributes:
         retries: how often a network was run once more in float32, by name.
@@ -31,6 +32,7 @@ class Guard:
         self._upcast: dict[nn.Module, dict[str, torch.dtype]] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
         self._checkpointing: list[tuple[nn.Module, dict]] = []
+        self._scalings: list[tuple[dict, dict]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
@@ -54,8 +56,22 @@ class Guard:
                 self._checkpointing.append((module, found))
             network.enable_gradient_checkpointing()
 
+    def scale_lora(self, network: nn.Module, scale: float) -> None:
+        """Scale the network's LoRA layers until `restore`.
+
+        A network's own forward pass does so for its own duration only: what a backward pass runs again misses it.
+        """
+        if scale == 1.0 or not USE_PEFT_BACKEND:
+            return
+        found = (vars(module).get("scaling") for module in network.modules())
+        self._scalings += [(scaling, dict(scaling)) for scaling in found if isinstance(scaling, dict)]
+        scale_lora_layers(network, scale)
+
     def restore(self) -> None:
-        """Leave the networks as they came: gradients' flags, checkpointing, and their precision if it was lifted."""
+        """Leave the networks as they came: gradients' flags, checkpointing, LoRA, and precision if it was lifted."""
+        for scaling, before in reversed(self._scalings):
+            scaling.update(before)
+        self._scalings.clear()
         for module, found in self._checkpointing:
             for name in _CHECKPOINTING:
                 vars(module).pop(name, None)

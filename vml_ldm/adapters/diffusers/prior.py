@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 
 from ...guidance import pushed
 from .network import Autoencoded
 from .precision import cast
 from .unet import UNetPrior
+
+_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # of a UNet, of a transformer
 
 
 class GuidedPrior(Autoencoded):
@@ -17,15 +22,26 @@ class GuidedPrior(Autoencoded):
     The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
     scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
 
+    A LoRA's ``scale`` among the attention's arguments of `condition` acts on the network's layers within `with`.
+
     Attributes:
         condition, negative, guidance_scale, inpainting: as they came, and free to be changed.
-        guide: None without guidance.
     """
 
     def _hold(self, vae: nn.Module, condition: dict, negative: dict | None, guidance_scale: float, inpainting) -> None:
         self.vae, self.condition, self.negative = vae, condition, negative
         self.guidance_scale, self.inpainting = guidance_scale, inpainting
-        self.guide = None if negative is None else self._guide
+
+    def __enter__(self):
+        super().__enter__()
+        for given in filter(None, map(self.condition.get, _ATTENTION)):
+            self._guard.scale_lora(self._network, given.get("scale", 1.0))
+        return self
+
+    @property
+    def guide(self) -> Callable[[Tensor, Tensor, float, float], Tensor] | None:
+        """What guidance makes of a level's estimate, see `_guide`; None without a negative prompt, or at w <= 1."""
+        return None if self.negative is None or self.guidance_scale <= 1 else self._guide
 
     def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
         """The next state's estimate: z0_hat, pushed by ``(w - 1) (z0_hat - D(x_t; negative))``, see `pushed`."""
@@ -37,7 +53,8 @@ class GuidedPrior(Autoencoded):
         """The state with what is appended to it, and a condition (None: the prompt), as the denoiser takes them."""
         inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
         placed = self._guard.place(self._network, inputs)
-        return placed, cast(self.condition if condition is None else condition, placed)
+        condition = _without_scale(self.condition if condition is None else condition)
+        return placed, cast(condition, placed)
 
     def _encode(self, image: Tensor, vae: nn.Module) -> Tensor:
         moments = vae.encode(self._guard.place(vae, 2 * image - 1))
@@ -48,6 +65,12 @@ class GuidedPrior(Autoencoded):
         shift, scale = _normalisation(vae, z)
         latent = self._guard.place(vae, z / scale + shift)
         return vae.decode(latent, return_dict=False)[0].to(z) / 2 + 0.5
+
+
+def _without_scale(condition: dict) -> dict:
+    """A condition without the scale of a LoRA. (Where PEFT is missing, diffusers warns of it.)"""
+    given = {name: condition[name] for name in _ATTENTION if condition.get(name)} if USE_PEFT_BACKEND else {}
+    return condition | {name: {k: v for k, v in own.items() if k != "scale"} for name, own in given.items()}
 
 
 def _normalisation(vae: nn.Module, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -75,7 +98,6 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
-        guide: None without guidance.
         retries: how often a network was run once more in float32, by network.
     """
 
