@@ -23,7 +23,7 @@ from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
 from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
-from vml_ldm.solve import Levels, Metered, Solution, conclude
+from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
 
@@ -72,7 +72,8 @@ class InpaintingMixin:
         """Images in the output type, safety flags, and the report."""
         started, channels = time.perf_counter(), self.vae.config.latent_channels
         self._check(a, (channels, 2 * channels + 1))
-        frame, batch = self._frame(a)
+        a.frame, batch = self._frame(a)
+        frame = a.frame
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
         levels, inner_steps = self._levels(a, chosen)
@@ -85,6 +86,7 @@ class InpaintingMixin:
         with prior:
             metered = Metered(prior)
             measured = measure_known(frame.pixels, frame.known, noise_std, metered)
+            a.measurement = measured.measurement
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
@@ -92,7 +94,7 @@ class InpaintingMixin:
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
-        return *self._finish(a, frame, solution, paste, dtype), report
+        return *self._finish(a, solution, paste, dtype), report
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
         """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""
@@ -199,14 +201,37 @@ class InpaintingMixin:
         if prior.inpainting is not None:
             _set_inpainting(prior, tensors)
 
-    def _finish(self, a: SimpleNamespace, frame: _Frame, solution: Solution, paste: bool, dtype: torch.dtype):
+    def _call_back(self, a: SimpleNamespace, step: int, t: Tensor, level: Level, tensors: dict, prior) -> None:
+        before = tensors["mask"].clone() if "mask" in tensors else None
+        super()._call_back(a, step, t, level, tensors, prior)
+        if before is not None and step + 1 < self.num_timesteps:  # no level is left to see a later edit
+            batch = len(level.z0_hat)
+            _edit_known(a, before[-batch:], tensors["mask"][-batch:])
+
+    def _finish(self, a: SimpleNamespace, solution: Solution, paste: bool, dtype: torch.dtype):
         """Paste, safety check, output type: (images, flags)."""
+        frame = a.frame
         if a.output_type == "latent":
             return solution.latent, None
         image = seamless(frame.pixels, solution.image, frame.known) if paste else solution.image
         images, flagged = self._hand_out(image, a.output_type, dtype)
         laid_over = frame.overlay is not None and a.output_type not in ("pt", "np")
         return (frame.overlay(images) if laid_over else images), flagged
+
+
+def _edit_known(a: SimpleNamespace, before: Tensor, after: Tensor) -> None:
+    """What is measured, and pasted, from here on: where a callback edited the mask, what its edit leaves known.
+
+    Args:
+        before, after: (B, 1, h, w), the mask as callbacks see it, 1 = painted.
+    """
+    if torch.equal(before, after):
+        return
+    known = a.frame.known
+    edited, painted = (interpolate(rows.to(known), size=known.shape[2:]) for rows in (before != after, after))
+    known = torch.where(edited > 0, 1 - painted.clamp(0, 1), known)
+    a.frame, operator = a.frame._replace(known=known), Mask(known)
+    a.measurement.operator, a.measurement.y = operator, operator(a.frame.pixels)
 
 
 def _set_inpainting(prior: GuidedPrior, tensors: dict) -> None:

@@ -319,7 +319,7 @@ class SolvingMixin:
     ) -> tuple[Tensor, list[dict]]:
         """The solver's last latent and its trace, with a progress bar, callbacks and interruption.
 
-        An interrupted solve gives its last clean estimate.
+        An interrupted solve gives its last clean estimate, or the latents as a callback changed them.
 
         Args:
             solving: the levels as they end.
@@ -330,7 +330,7 @@ class SolvingMixin:
         try:
             with self.progress_bar(total=count) as bar:
                 for step, level in enumerate(solving):
-                    self.level, t = level, timesteps[level.index]
+                    self.level, t, made = level, timesteps[level.index], level.x_next.clone()
                     trace.append(record(level))
                     if a.callback_on_step_end is not None:
                         self._call_back(a, step, t, level, tensors, prior.prior)
@@ -338,7 +338,7 @@ class SolvingMixin:
                     if a.callback is not None and step % (a.callback_steps or 1) == 0:
                         a.callback(step, t, level.x_next)
                     if self.interrupt:
-                        return level.z0_hat, trace
+                        return (level.z0_hat if torch.equal(level.x_next, made) else level.x_next), trace
             return level.x_next, trace
         finally:
             self.level = None
@@ -350,7 +350,26 @@ class SolvingMixin:
         changed = a.callback_on_step_end(self, step, t, wanted) or {}
         level.x_next = changed.get("latents", level.x_next)
         tensors.update({name: changed[name] for name in tensors if name in changed})
+        self._regard_guidance(prior, tensors, len(level.z0_hat))
         self._condition(prior, tensors)
+
+    def _regard_guidance(self, prior: GuidedPrior, tensors: dict, batch: int) -> None:
+        """Guidance as a callback left it: its scale, and whether the negative prompt's rows are still there.
+
+        Raises:
+            ValueError: a number of rows that is of neither, or guidance without a negative prompt.
+        """
+        prior.guidance_scale = self.guidance_scale
+        if len(tensors["prompt_embeds"]) <= batch:
+            prior.negative = None
+        if prior.negative is None and self.do_classifier_free_guidance:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale} after the callback, and `prompt_embeds` has no rows of a "
+                "negative prompt; expected guidance_scale <= 1. To change it later, start with guidance_scale > 1."
+            )
+        for name, rows in tensors.items():
+            if rows is not None and not name.startswith("negative"):
+                tensors[name] = _rows_of(name, rows, batch, 1 if prior.negative is None else 2)
 
     def _screen(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
         """Images (B, 3, H, W) in [0, 1] after the safety check, and its flags."""
@@ -391,6 +410,17 @@ def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
     """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
     conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
     return zip(conditions, rows.chunk(len(conditions)), strict=True)
+
+
+def _rows_of(name: str, rows: Tensor, batch: int, sides: int) -> Tensor:
+    """A callback's tensor with `sides` rows for each image: the negative ones are left out where nothing is guided."""
+    kept = rows[-batch:] if len(rows) == 2 * batch and sides == 1 else rows
+    if len(kept) != sides * batch:
+        raise ValueError(
+            f"`{name}` has {len(rows)} rows after the callback, for {batch} images; expected {batch}, or {2 * batch} "
+            "under guidance, the negative ones first, as many as the others have."
+        )
+    return kept
 
 
 def _with_text_model(encode_prompt: Callable) -> Callable:

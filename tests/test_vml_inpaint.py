@@ -17,6 +17,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -274,6 +275,50 @@ def test_callbacks_count_levels_and_change_tensors(pipe):
     out = call(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, output_type="latent")
     assert [step for step, *_ in seen] == [0, 1, 2] and seen[0][2] == sorted(names)
     assert not out.images.any()
+
+
+def test_a_callback_s_mask_is_measured_and_pasted_from_there_on(pipe):
+    """Where it changed the mask, in blocks of the latents; the other pixels' mask stays as fine as it was."""
+    image, fine = np.asarray(picture()), right_half().crop((3, 0, SIZE + 3, SIZE))
+    fine.paste(255, (SIZE - 3, 0, SIZE, SIZE))
+    known = np.asarray(fine) == 0
+    rows = np.indices((SIZE, SIZE))[0] < SIZE // 2
+    blocks = rows & (np.indices((SIZE, SIZE))[1] >= SIZE // 2)  # those of the latents that are painted
+
+    def edit(value, at=0):
+        def upper(pipe, step, timestep, tensors):
+            if step == at:
+                tensors["mask"][..., : SIZE // 16, :] = value
+            return tensors
+
+        names = ["mask"]
+        return {"callback_on_step_end": upper, "callback_on_step_end_tensor_inputs": names, "mask_image": fine}
+
+    kept, opened = (np.asarray(call(pipe, **edit(value)).images[0]) for value in (0, 1))
+    assert np.array_equal(kept[known | blocks], image[known | blocks])
+    assert not np.array_equal(kept[~known & rows], image[~known & rows])
+    assert np.array_equal(opened[known & ~rows], image[known & ~rows])
+    assert not np.array_equal(opened[known & rows], image[known & rows])
+    after_the_last = np.asarray(call(pipe, **edit(1, at=2)).images[0])
+    assert np.array_equal(after_the_last, np.asarray(call(pipe, mask_image=fine).images[0]))
+
+
+def test_the_official_cutoff_takes_guidance_away(pipe):
+    """`SDCFGCutoffCallback` sets the scale to 0 and leaves one row: what comes after has no negative prompt."""
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    guided = call(pipe, return_report=True).report
+    out = call(pipe, callback_on_step_end=cutoff, return_report=True)
+    assert pipe.guidance_scale == 0 and out.report.levels == guided.levels == 3
+    assert guided.calls["denoise"] - out.report.calls["denoise"] == 1  # the second level's; the last one never has it
+    with pytest.raises(ValueError, match=r"`prompt_embeds` has 1 rows after the callback, for 2 images; expected 2"):
+        call(pipe, callback_on_step_end=cutoff, num_images_per_prompt=2, generator=None)
+    assert pipe.unet.conv_in.weight.requires_grad
+
+    def guide(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0
+
+    with pytest.raises(ValueError, match="guidance_scale is 3.0 after the callback, and `prompt_embeds` has no rows"):
+        call(pipe, guidance_scale=1.0, callback_on_step_end=guide)
 
 
 def test_an_interrupted_call_returns_its_last_clean_estimate(pipe):
