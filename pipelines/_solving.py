@@ -76,12 +76,13 @@ class SolvingMixin:
 
     Attributes:
         gradient_vae: None, or a small decoder of the same latents (an `AutoencoderTiny`), with which the solver draws
-            at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
-            the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
+            at all levels but the last. Unless one (or None) is set or passed to a `from_...` method, it is the folder's
+            that the pipeline was loaded from, whoever loaded it. It is saved and handed on by `from_pipe` with the
+            pipeline, and follows the VAE's device and precision, but is none of `components`, which stay the stock
+            pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
     """
 
-    gradient_vae: AutoencoderTiny | None = None
     level: Level | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
     _check_scheduler = staticmethod(check_scheduler)
@@ -97,28 +98,37 @@ class SolvingMixin:
     def _denoiser(self) -> nn.Module:
         return getattr(self, self._denoiser_name)
 
+    @property
+    def gradient_vae(self) -> AutoencoderTiny | None:
+        if "_gradient_vae" not in vars(self):  # diffusers' loaders make pipelines themselves, and then name the folder
+            loaded_from = self.config.get("_name_or_path")
+            folder = Path(loaded_from) / GRADIENT_VAE if loaded_from else None
+            self._gradient_vae = AutoencoderTiny.from_pretrained(folder) if folder and folder.is_dir() else None
+        return self._gradient_vae
+
+    @gradient_vae.setter
+    def gradient_vae(self, vae: AutoencoderTiny | None) -> None:
+        self._gradient_vae = vae
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load as `DiffusionPipeline.from_pretrained` does, and a local folder's `gradient_vae/` too.
+        """Load as `DiffusionPipeline.from_pretrained` does.
 
-        Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another, or none.
+        Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another than a local folder's own, or none.
         """
-        folder = Path(pretrained_model_name_or_path) / GRADIENT_VAE
-        if GRADIENT_VAE in kwargs:
-            small = kwargs.pop(GRADIENT_VAE)
-        else:
-            small = AutoencoderTiny.from_pretrained(folder) if folder.is_dir() else None
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipe.gradient_vae = small
-        return pipe
+        return _with_small(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path, **kwargs):
+        """Load as `FromSingleFileMixin.from_single_file` does; a file has no `gradient_vae`, which may be passed."""
+        return _with_small(super().from_single_file, pretrained_model_link_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         """As `DiffusionPipeline.from_pipe`; `gradient_vae` is the given one's unless another is passed."""
-        small = kwargs.pop(GRADIENT_VAE, getattr(pipeline, GRADIENT_VAE, None))
-        pipe = super().from_pipe(pipeline, **kwargs)
-        pipe.gradient_vae = small
-        return pipe
+        if isinstance(pipeline, SolvingMixin):
+            kwargs.setdefault(GRADIENT_VAE, pipeline.gradient_vae)
+        return _with_small(super().from_pipe, pipeline, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `DiffusionPipeline.save_pretrained`, and `gradient_vae` into a folder of its own."""
@@ -394,6 +404,14 @@ class SolvingMixin:
             return VMLPipelineOutput(images=images, nsfw_content_detected=flagged, report=report)
         result = (images, flagged) if hasattr(self, "run_safety_checker") else (images,)
         return result if report is None else (*result, report)
+
+
+def _with_small(load: Callable, source, **kwargs):
+    """The pipeline that `load` makes, with the `gradient_vae` that it is called with, if it is."""
+    given, small = GRADIENT_VAE in kwargs, kwargs.pop(GRADIENT_VAE, None)
+    pipe = load(source, **kwargs)
+    pipe.gradient_vae = small if given else pipe.gradient_vae  # loaded now, while the folder is there
+    return pipe
 
 
 def _say(fitted: Chosen) -> None:

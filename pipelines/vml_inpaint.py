@@ -81,6 +81,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
           levels. Explicit `timesteps` or `sigmas` are the levels.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
+        - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
         - `eta` has no effect: `renoise` says how the next state is made.
 
         Args:
