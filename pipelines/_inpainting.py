@@ -35,6 +35,15 @@ class _Frame(NamedTuple):
     known: Tensor
     overlay: Callable[[list[PIL.Image.Image]], list[PIL.Image.Image]] | None
 
+    @property
+    def painted(self) -> Tensor:
+        """(B, 1, H, W), the mask as diffusers' networks take it: 1 where more than half is painted."""
+        return (self.known < 0.5).to(self.known)
+
+    def told(self) -> dict[str, Tensor]:
+        """See `GuidedPrior.told`."""
+        return {"image": 2 * self.pixels - 1, "mask": self.painted}
+
 
 class InpaintingMixin:
     """A stock inpainting pipeline's call, solved by VML-MAP. Mixed in before the family's solving mixin."""
@@ -82,6 +91,7 @@ class InpaintingMixin:
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, batch)
+        prior.told = frame.told()
         chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels)
         with prior:
             metered = Metered(prior)
@@ -179,7 +189,7 @@ class InpaintingMixin:
         asked = {"mask", "masked_image_latents"} & set(a.callback_on_step_end_tensor_inputs)
         if not (inpainting or (a.callback_on_step_end is not None and asked)):
             return
-        painted = (frame.known < 0.5).to(frame.known)
+        painted = frame.painted
         latents = self._masked_latents(a, frame.pixels * (1 - painted) + 0.5 * painted, prior)
         for name, rows in (("mask", interpolate(painted, size=latents.shape[2:])), ("masked_image_latents", latents)):
             rows = rows.to(tensors["prompt_embeds"])
@@ -207,6 +217,7 @@ class InpaintingMixin:
         if before is not None and step + 1 < self.num_timesteps:  # no level is left to see a later edit
             batch = len(level.z0_hat)
             _edit_known(a, before[-batch:], tensors["mask"][-batch:])
+            prior.told = a.frame.told()
 
     def _finish(self, a: SimpleNamespace, solution: Solution, paste: bool, dtype: torch.dtype):
         """Paste, safety check, output type: (images, flags)."""

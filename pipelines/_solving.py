@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, ConsistencyDecoderVAE
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -167,6 +167,11 @@ class SolvingMixin:
             raise ValueError(
                 f"the {network} takes {config.in_channels} channels; expected "
                 f"{channels[0]}{''.join(f', or {n} (inpainting)' for n in channels[1:])}."
+            )
+        if isinstance(self.vae, ConsistencyDecoderVAE):
+            raise ValueError(
+                "`vae` is a ConsistencyDecoderVAE, which draws with noise of its own, so that no gradient is the image's; "
+                "expected AutoencoderKL, AsymmetricAutoencoderKL or AutoencoderTiny. Or, to inpaint, solver='none'."
             )
         self._check_gradient_vae(a)
         a.memory = parse_memory(a.memory)

@@ -317,7 +317,7 @@ def test_the_official_cutoff_takes_guidance_away(pipe):
     def guide(pipe, step, timestep, tensors):
         pipe._guidance_scale = 3.0
 
-    with pytest.raises(ValueError, match="guidance_scale is 3.0 after the callback, and `prompt_embeds` has no rows"):
+    with pytest.raises(ValueError, match=r"guidance_scale is 3\.0 after the callback, and `prompt_embeds` has no rows"):
         call(pipe, guidance_scale=1.0, callback_on_step_end=guide)
 
 

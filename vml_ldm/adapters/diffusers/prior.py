@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers import AsymmetricAutoencoderKL
 from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ _ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # of a UNet, 
 
 
 class GuidedPrior(Autoencoded):
-    """For a `NetworkPrior` of an `AutoencoderKL`'s latents that is conditioned on a prompt.
+    """For a `NetworkPrior` of a VAE's latents (`AutoencoderKL`, `AutoencoderTiny`) that is conditioned on a prompt.
 
     The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
     scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
@@ -26,11 +27,13 @@ class GuidedPrior(Autoencoded):
 
     Attributes:
         condition, negative, guidance_scale, inpainting: as they came, and free to be changed.
+        told: what an `AsymmetricAutoencoderKL` decodes with beside the latents: image (B, 3, H, W) in [-1, 1] and mask
+            (B, 1, H, W), 1 = painted. Empty: it draws everything.
     """
 
     def _hold(self, vae: nn.Module, condition: dict, negative: dict | None, guidance_scale: float, inpainting) -> None:
         self.vae, self.condition, self.negative = vae, condition, negative
-        self.guidance_scale, self.inpainting = guidance_scale, inpainting
+        self.guidance_scale, self.inpainting, self.told = guidance_scale, inpainting, {}
 
     def __enter__(self):
         super().__enter__()
@@ -57,14 +60,16 @@ class GuidedPrior(Autoencoded):
         return placed, cast(condition, placed)
 
     def _encode(self, image: Tensor, vae: nn.Module) -> Tensor:
-        moments = vae.encode(self._guard.place(vae, 2 * image - 1))
+        encoded = vae.encode(self._guard.place(vae, 2 * image - 1), return_dict=False)[0]
+        latent = encoded if isinstance(encoded, Tensor) else encoded.mode()  # a tiny autoencoder has no distribution
         shift, scale = _normalisation(vae, image)
-        return (moments.latent_dist.mode().to(image) - shift) * scale
+        return (latent.to(image) - shift) * scale
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
         shift, scale = _normalisation(vae, z)
         latent = self._guard.place(vae, z / scale + shift)
-        return vae.decode(latent, return_dict=False)[0].to(z) / 2 + 0.5
+        told = cast(self.told, latent) if isinstance(vae, AsymmetricAutoencoderKL) else {}
+        return vae.decode(latent, return_dict=False, **told)[0].to(z) / 2 + 0.5
 
 
 def _without_scale(condition: dict) -> dict:
@@ -90,7 +95,7 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
     Args:
         unet: `UNet2DConditionModel` with as many input channels as latents have, or an inpainting checkpoint's (then
             `inpainting` is appended).
-        vae: `AutoencoderKL`.
+        vae: `AutoencoderKL`, `AutoencoderTiny` or `AsymmetricAutoencoderKL`.
         scheduler: gives `alphas_cumprod` and the prediction type (epsilon, v_prediction, sample).
         condition: keyword arguments of the UNet's call for the prompt: encoder_hidden_states (B, n, d), and others.
         negative: the same for the negative prompt; None for no guidance.
