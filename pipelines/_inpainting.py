@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,13 +16,13 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
+from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
 from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.objective import own
 from vml_ldm.operators import Mask
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
-from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
+from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
@@ -61,21 +62,35 @@ class InpaintingMixin:
         stock = {name: own(given[name]) for name in names} | more
         check_one_of("solver", given["solver"], SOLVERS)
         check_one_of("start", given["start"], STARTS)
+        preset = given["preset"]
+        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
+        parse_memory(given["memory"])
+        if given["solver"] == "none" and given["return_report"]:
+            raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
+        self._tell_ignored(given)
         if given["solver"] == "none":
-            if given["return_report"]:
-                raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
             return stock_call(**stock)
         unknown = set(more) - {"callback", "callback_steps"}
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
-        preset = given["preset"]
-        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
         a = SimpleNamespace(
             **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
         )
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
+
+    def _tell_ignored(self, given: dict) -> None:
+        """Warn of arguments that were given and that this solver does not look at."""
+        parameters = inspect.signature(type(self).__call__).parameters.values()
+        if given["solver"] == "none":
+            looked_at = ("solver", "return_report")
+            theirs = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in looked_at]
+        else:
+            theirs = [p for p in parameters if p.name in ("eta", "guidance_rescale")]
+        ignored = [f"{p.name}={given[p.name]!r}" for p in theirs if not _is_same(given[p.name], p.default)]
+        if ignored:
+            warnings.warn(f"solver={given['solver']!r} does not look at {', '.join(ignored)}.", stacklevel=5)
 
     def _solve(self, a: SimpleNamespace, chosen: Settings, preset: str, sigma_y, paste: bool):
         """Images in the output type, safety flags, and the report."""
@@ -162,9 +177,10 @@ class InpaintingMixin:
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
         the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
+        Levels at the caller's `timesteps` or `sigmas` share the budget.
         """
-        steps = round(a.num_inference_steps * a.strength)
-        if getattr(a, "timesteps", None) is None and a.sigmas is None and steps < 1:
+        steps, explicit = round(a.num_inference_steps * a.strength), is_explicit(a)
+        if not explicit and steps < 1:
             raise ValueError(
                 f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
                 "Raise strength or num_inference_steps."
@@ -174,6 +190,8 @@ class InpaintingMixin:
         self._num_timesteps = round(len(levels) * a.strength)
         if self._num_timesteps < 1:
             raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
+        if explicit:
+            inner_steps = chosen.inner_steps_of(self._num_timesteps, steps)
         return levels.last(self._num_timesteps), inner_steps
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
@@ -228,6 +246,10 @@ class InpaintingMixin:
         images, flagged = self._hand_out(image, a.output_type, dtype)
         laid_over = frame.overlay is not None and a.output_type not in ("pt", "np")
         return (frame.overlay(images) if laid_over else images), flagged
+
+
+def _is_same(value, default) -> bool:
+    return value is default or (isinstance(value, (str, int, float)) and value == default)
 
 
 def _edit_known(a: SimpleNamespace, before: Tensor, after: Tensor) -> None:

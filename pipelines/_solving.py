@@ -170,7 +170,7 @@ class SolvingMixin:
             )
         if isinstance(self.vae, ConsistencyDecoderVAE):
             raise ValueError(
-                "`vae` is a ConsistencyDecoderVAE, which draws with noise of its own, so that no gradient is the image's; "
+                "`vae` is a ConsistencyDecoderVAE, which draws with noise of its own, so no gradient is the image's; "
                 "expected AutoencoderKL, AsymmetricAutoencoderKL or AutoencoderTiny. Or, to inpaint, solver='none'."
             )
         self._check_gradient_vae(a)
@@ -197,7 +197,7 @@ class SolvingMixin:
 
     def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
         """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
-        if a.timesteps is None and a.sigmas is None:
+        if not is_explicit(a):
             check_count(self.scheduler, count)
         retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
         return scheduler_levels(self.scheduler, self.scheduler.timesteps, renoise)
@@ -433,6 +433,11 @@ def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
     """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
     conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
     return zip(conditions, rows.chunk(len(conditions)), strict=True)
+
+
+def is_explicit(a: SimpleNamespace) -> bool:
+    """Whether the caller names the levels."""
+    return getattr(a, "timesteps", None) is not None or a.sigmas is not None
 
 
 def _rows_of(name: str, rows: Tensor, batch: int, sides: int) -> Tensor:

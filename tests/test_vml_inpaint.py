@@ -1,6 +1,7 @@
 """VMLInpaintPipeline on the bundled checkpoint: the stock call, the known pixels, batches, masks, callbacks, errors."""
 
 import inspect
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,23 @@ def test_explicit_timesteps_are_the_levels(fresh):
     assert [level["sigma"] for level in report.trace] == pytest.approx([10.0, 3.0, 1.0, 0.2])
 
 
+@pytest.mark.parametrize(
+    "levels, steps, inner_steps", [(10, 50, 4), (3, 50, 9), (1, 50, 9), (6, 6, 1), (6, 0.5, 1), (3, 12, 3)]
+)
+def test_explicit_levels_share_the_budget_by_the_documented_rule(levels, steps, inner_steps):
+    assert settings("balanced").inner_steps_of(levels, steps) == inner_steps
+    assert settings("balanced", inner_steps=7).inner_steps_of(levels, steps) == 7
+
+
+def test_explicit_levels_share_the_budget(fresh):
+    fresh.scheduler = EulerDiscreteScheduler.from_config(fresh.scheduler.config, timestep_spacing="trailing")
+    given = {"timesteps": [900, 700, 500, 300], "num_inference_steps": 12, "guidance_scale": 1.0}
+    for strength, levels in ((1.0, 4), (0.5, 2)):
+        report = call(fresh, **given, strength=strength, inner_steps=None, return_report=True).report
+        assert (report.levels, report.inner_steps) == (levels, 2)
+        assert report.calls["denoise"] <= 12 * strength
+
+
 def test_latents_in_and_out(pipe):
     noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
     common = {"latents": noise, "output_type": "latent", "generator": seeds(7)}
@@ -438,12 +456,31 @@ def test_flagged_images_are_black_and_the_others_keep_their_pixels(fresh, thresh
         ({"prompt": ["a", "b"], "image": [picture()] * 3}, "3 of `image` came for 2 prompts"),
         ({"generator": seeds(0, 1)}, "2 generators came for 1 images"),
         ({"solver": "none", "return_report": True}, "return_report=True came with solver='none'"),
+        ({"solver": "none", "preset": "turbo"}, "preset is 'turbo'; expected one of 'fast', 'balanced', 'best'"),
+        ({"solver": "none", "memory": "lots"}, "memory is 'lots'; expected"),
+        ({"solver": "none", "renoise": 2.0}, r"renoise is 2.0; expected a number in \[0, 1\]"),
         ({"padding_mask_crop": 4, "mask_image": right_half((32, 32))}, "expected the same size"),
     ],
 )
 def test_bad_input_is_refused_in_one_clear_sentence(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(pipe, **arguments)
+
+
+def test_what_a_solver_does_not_look_at_is_named_once(pipe):
+    stock = {"solver": "none", "inner_steps": None, "num_inference_steps": 2}
+    given = {"paste": False, "use_gradient_vae": True, "sigma_y": 0.1, "preset": "best", "memory": "1GiB"}
+    with pytest.warns(UserWarning, match="solver='none' does not look at") as told:
+        call(pipe, **stock, **given)
+    (text,) = [str(warning.message) for warning in told if "does not look" in str(warning.message)]
+    assert all(f"{name}={value!r}" in text for name, value in given.items()) and text.count("=") == 1 + len(given)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"solver='vml' does not look at eta=0\.5"):
+        call(pipe, eta=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(pipe, **stock)
+        call(pipe, preset="best", paste=False)
 
 
 def test_an_unknown_argument_is_not_swallowed(pipe):

@@ -63,8 +63,7 @@ class Levels:
     """
 
     def __init__(self, scales: Sequence[tuple[float, float]], renoise: float = 1.0):
-        if not 0 <= renoise <= 1:
-            raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
+        check_renoise(renoise)
         if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
             raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
         if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in pairwise(scales)):
@@ -256,6 +255,12 @@ def check_choices(inner_steps: int, jacobian: str) -> None:
         raise ValueError(f"jacobian is {jacobian!r}; expected one of {JACOBIANS}.")
     if not isinstance(inner_steps, int) or inner_steps < 0:
         raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
+
+
+def check_renoise(renoise: float) -> None:
+    """Raise ValueError for a share of fresh noise outside [0, 1]."""
+    if not 0 <= renoise <= 1:
+        raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
 
 
 def record(level: Level) -> dict:
