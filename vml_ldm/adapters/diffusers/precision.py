@@ -11,7 +11,9 @@ from itertools import chain
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
 
@@ -81,14 +83,18 @@ class Guard:
             network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
         for network, dtypes in self._upcast.items():
-            for name, tensor in _floats(network):
+            for name, tensor in _floats(network) if not _is_recast(network) else ():
                 tensor.data = tensor.data.to(dtypes[name])
         self._upcast.clear()
 
     def upcast(self, network: nn.Module) -> None:
-        """Run a network in float32 from here on, until `restore`."""
+        """Run a network in float32 from here on, until `restore`.
+
+        Its weights are float32 meanwhile, unless hooks put other ones there at every pass: then they are cast as they
+        are used.
+        """
         self._upcast[network] = {name: tensor.dtype for name, tensor in _floats(network)}
-        for _, tensor in _floats(network):
+        for _, tensor in _floats(network) if not _is_recast(network) else ():
             tensor.data = tensor.data.float()
 
     def dtype(self, network: nn.Module) -> torch.dtype:
@@ -153,14 +159,19 @@ class Guard:
 
     def _finite(self, name: str, network: nn.Module, run: Callable[[], tuple], again: Callable | None = None) -> tuple:
         """run(), a tuple whose first item must be finite; otherwise `again` (the same, if None) in float32."""
-        result = run()
+        with self._precision(network):
+            result = run()
         if _is_finite(result[0]):
             return result
         self._lift(name, network)
-        result = (again or run)()
+        with self._precision(network):
+            result = (again or run)()
         if not _is_finite(result[0]):
             raise NonFiniteError(_message(name))
         return result
+
+    def _precision(self, network: nn.Module) -> AbstractContextManager:
+        return _InFloat32() if network in self._upcast and _is_recast(network) else nullcontext()
 
     def _lift(self, name: str, network: nn.Module) -> None:
         """Move a half-precision network to float32 for the rest of the call, with a warning; otherwise raise."""
@@ -169,6 +180,34 @@ class Guard:
         warnings.warn(f"{name} gave non-finite values in {network.dtype}; it goes on in float32.", stacklevel=2)
         self.retries[name] += 1
         self.upcast(network)
+
+
+class _InFloat32(TorchFunctionMode):
+    """What runs inside on float32 data stays float32, whatever precision the weights have that it meets.
+
+    Half-precision operands beside float32 ones are cast as they are used, and a float32 tensor is not made a half one.
+    What moves, casts or loads weights, as hooks do, has no float32 operands and goes through as it is.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.autograd.grad:
+            return self._pull(*args, **kwargs)
+        given = (args, kwargs or {})
+        kinds = {leaf.dtype for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+        if torch.float32 in kinds and func.__name__ not in ("__get__", "__set__"):
+            given = tree_map(_lifted, given)
+        return func(*given[0], **given[1])
+
+    def _pull(self, outputs: tuple, inputs: tuple, grad_outputs: Tensor, **_) -> tuple[Tensor, ...]:
+        """`torch.autograd.grad` as `pullback` calls it, but with this mode on, for what backward passes run again."""
+        with self:
+            return _engine_run_backward(outputs, (grad_outputs,), False, False, inputs, False, accumulate_grad=False)
+
+
+def _lifted(value):
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALF else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
 def cast(value, like: Tensor):
@@ -197,6 +236,11 @@ def _floats(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _is_hooked(network: nn.Module) -> bool:
     """Whether accelerate or diffusers moves or casts the network's weights around its passes."""
     return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
+
+
+def _is_recast(network: nn.Module) -> bool:
+    """Whether diffusers' own hooks (group offloading, layerwise casting) put weights of their precision there."""
+    return any(hasattr(m, "_diffusers_hook") for m in network.modules())
 
 
 def is_checkpointed(network: nn.Module) -> bool:
