@@ -105,10 +105,12 @@ def test_group_offload(subject, pipe, tmp_path):
 
 
 def test_group_offload_by_block(subject, pipe, tmp_path):
-    """group offloading to a disk changes no image, block by block"""
+    """group offloading to a disk changes no image, block by block, with checkpointing too"""
     images = subject.images(pipe)
     path = {"offload_to_disk_path": str(tmp_path)}
     pipe.enable_group_offload("cpu", offload_type="block_level", num_blocks_per_group=1, **path)
+    assert same(subject.images(pipe), images)
+    checkpoint(pipe)
     assert same(subject.images(pipe), images)
 
 
@@ -133,8 +135,10 @@ def hook(pipe, way, folder):
         pipe.enable_group_offload("cpu", offload_type=way, offload_to_disk_path=str(folder), **blocks)
 
 
-@pytest.mark.parametrize("memory", ["fast", "low"])
-@pytest.mark.parametrize("way", ["model", "sequential", "leaf_level", "block_level", "casting"])
+@pytest.mark.parametrize(
+    "way, memory",
+    [*((way, "low") for way in ("model", "sequential", "leaf_level", "block_level", "casting")), ("casting", "fast")],
+)
 def test_overflow_under_hooks(parts, way, memory, tmp_path):
     """The solver on: networks that overflow in float16 go on in float32 under every hook, as without one."""
     vml, given = SUBJECTS[2], {"memory": memory, "return_report": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 
 import torch
@@ -139,11 +139,11 @@ class Guard:
         value, pull = self._finite(name, network, run_first if rerun == "whole" else run)
 
         def checked(cotangent: Tensor) -> Tensor:
-            if rerun == "parts" or is_checkpointed(network):
-                _fetch(network, cotangent.device)
             first = lambda: (at_unit_size(pull)(cotangent),)  # noqa: E731
             again = lambda: (at_unit_size(run()[1])(cotangent),)  # noqa: E731
-            return self._finite(f"the backward pass of {name}", network, first, again)[0]
+            in_parts = rerun == "parts" or is_checkpointed(network)
+            with _fetched(network, cotangent.device) if in_parts else nullcontext():
+                return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
 
@@ -219,12 +219,34 @@ def cast(value, like: Tensor):
     return type(value)(cast(item, like) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _fetch(network: nn.Module, device: torch.device) -> None:
-    """Bring an offloaded network back whose backward pass runs parts of it again."""
+@contextmanager
+def _fetched(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """An offloaded network brought back while a backward pass runs parts of it again, without what calls them."""
     hook, weight = getattr(network, "_hf_hook", None), next(network.parameters(), None)
     away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
     if away and hasattr(hook, "pre_forward"):
         hook.pre_forward(network)
+    held = [(group, group.offload_leader) for group in _groups(network)]
+    try:
+        for group, _ in held:
+            group.onload_()
+            if group.stream is not None:
+                group.stream.synchronize()
+            group.offload_leader = None  # its pass, run again, would take it away before its parts are
+        yield
+    finally:
+        for group, leader in held:
+            group.offload_leader = leader
+            group.offload_()
+
+
+def _groups(network: nn.Module) -> list:
+    """The groups of diffusers' group offloading that come with a call of more than the layer that has the weights."""
+    registries = [m._diffusers_hook for m in network.modules() if hasattr(m, "_diffusers_hook")]
+    hooks = filter(None, (registry.get_hook("group_offloading") for registry in registries))
+    groups = {id(hook.group): hook.group for hook in hooks}.values()
+    layer_alone = lambda g: g.modules == [g.offload_leader] and not any(g.offload_leader.children())  # noqa: E731
+    return [group for group in groups if not layer_alone(group)]
 
 
 def _floats(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
