@@ -11,7 +11,8 @@ from itertools import chain
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
+from torch.autograd import graph
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -201,7 +202,8 @@ class _InFloat32(TorchFunctionMode):
     def _pull(self, outputs: tuple, inputs: tuple, grad_outputs: Tensor, **_) -> tuple[Tensor, ...]:
         """`torch.autograd.grad` as `pullback` calls it, but with this mode on, for what backward passes run again."""
         with self:
-            return _engine_run_backward(outputs, (grad_outputs,), False, False, inputs, False, accumulate_grad=False)
+            run = graph._engine_run_backward  # torch.autograd.grad itself would leave the mode again
+            return run(outputs, (grad_outputs,), False, False, inputs, False, accumulate_grad=False)
 
 
 def _lifted(value):
