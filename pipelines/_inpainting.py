@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,14 +16,14 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels
+from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
 from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
-from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
+from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
-from vml_ldm.solve import Levels, Metered, Solution, conclude
+from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
 
@@ -33,6 +34,15 @@ class _Frame(NamedTuple):
     pixels: Tensor
     known: Tensor
     overlay: Callable[[list[PIL.Image.Image]], list[PIL.Image.Image]] | None
+
+    @property
+    def painted(self) -> Tensor:
+        """(B, 1, H, W), the mask as diffusers' networks take it: 1 where more than half is painted."""
+        return (self.known < 0.5).to(self.known)
+
+    def told(self) -> dict[str, Tensor]:
+        """See `GuidedPrior.told`."""
+        return {"image": 2 * self.pixels - 1, "mask": self.painted}
 
 
 class InpaintingMixin:
@@ -51,15 +61,17 @@ class InpaintingMixin:
         stock = {name: own(given[name]) for name in names} | more
         check_one_of("solver", given["solver"], SOLVERS)
         check_one_of("start", given["start"], STARTS)
+        preset = given["preset"]
+        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
+        parse_memory(given["memory"])
+        if given["solver"] == "none" and given["return_report"]:
+            raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
+        self._tell_ignored(given)
         if given["solver"] == "none":
-            if given["return_report"]:
-                raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
             return stock_call(**stock)
         unknown = set(more) - {"callback", "callback_steps"}
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
-        preset = given["preset"]
-        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
         a = SimpleNamespace(
             **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
         )
@@ -67,11 +79,24 @@ class InpaintingMixin:
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
 
+    def _tell_ignored(self, given: dict) -> None:
+        """Warn of arguments that were given and that this solver does not look at."""
+        parameters = inspect.signature(type(self).__call__).parameters.values()
+        if given["solver"] == "none":
+            looked_at = ("solver", "return_report")
+            theirs = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in looked_at]
+        else:
+            theirs = [p for p in parameters if p.name in ("eta", "guidance_rescale")]
+        ignored = [f"{p.name}={given[p.name]!r}" for p in theirs if not _is_same(given[p.name], p.default)]
+        if ignored:
+            warnings.warn(f"solver={given['solver']!r} does not look at {', '.join(ignored)}.", stacklevel=5)
+
     def _solve(self, a: SimpleNamespace, chosen: Settings, preset: str, sigma_y, paste: bool):
         """Images in the output type, safety flags, and the report."""
         started, channels = time.perf_counter(), self.vae.config.latent_channels
         self._check(a, (channels, 2 * channels + 1))
-        frame, batch = self._frame(a)
+        a.frame, batch = self._frame(a)
+        frame = a.frame
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
         levels, inner_steps = self._levels(a, chosen)
@@ -80,10 +105,12 @@ class InpaintingMixin:
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, batch)
+        prior.told = frame.told()
         chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels)
         with prior:
             metered = Metered(prior)
             measured = measure_known(frame.pixels, frame.known, noise_std, metered)
+            a.measurement = measured.measurement
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
@@ -91,7 +118,7 @@ class InpaintingMixin:
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
-        return *self._finish(a, frame, solution, paste, dtype), report
+        return *self._finish(a, solution, paste, dtype), report
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
         """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""
@@ -149,9 +176,10 @@ class InpaintingMixin:
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
         the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
+        Levels at the caller's `timesteps` or `sigmas` share the budget.
         """
-        steps = round(a.num_inference_steps * a.strength)
-        if getattr(a, "timesteps", None) is None and a.sigmas is None and steps < 1:
+        steps, explicit = round(a.num_inference_steps * a.strength), is_explicit(a)
+        if not explicit and steps < 1:
             raise ValueError(
                 f"strength {a.strength} of {a.num_inference_steps} steps leaves none; expected one at least. "
                 "Raise strength or num_inference_steps."
@@ -161,6 +189,8 @@ class InpaintingMixin:
         self._num_timesteps = round(len(levels) * a.strength)
         if self._num_timesteps < 1:
             raise ValueError(f"strength {a.strength} leaves none of the levels; expected one at least. Raise strength.")
+        if explicit:
+            inner_steps = chosen.inner_steps_of(self._num_timesteps, steps)
         return levels.last(self._num_timesteps), inner_steps
 
     def _start(self, a: SimpleNamespace, levels: Levels, frame: _Frame, z_y: Tensor, prior: Metered) -> Tensor:
@@ -176,7 +206,7 @@ class InpaintingMixin:
         asked = {"mask", "masked_image_latents"} & set(a.callback_on_step_end_tensor_inputs)
         if not (inpainting or (a.callback_on_step_end is not None and asked)):
             return
-        painted = (frame.known < 0.5).to(frame.known)
+        painted = frame.painted
         latents = self._masked_latents(a, frame.pixels * (1 - painted) + 0.5 * painted, prior)
         for name, rows in (("mask", interpolate(painted, size=latents.shape[2:])), ("masked_image_latents", latents)):
             rows = rows.to(tensors["prompt_embeds"])
@@ -198,14 +228,42 @@ class InpaintingMixin:
         if prior.inpainting is not None:
             _set_inpainting(prior, tensors)
 
-    def _finish(self, a: SimpleNamespace, frame: _Frame, solution: Solution, paste: bool, dtype: torch.dtype):
+    def _call_back(self, a: SimpleNamespace, step: int, t: Tensor, level: Level, tensors: dict, prior) -> None:
+        before = tensors["mask"].clone() if "mask" in tensors else None
+        super()._call_back(a, step, t, level, tensors, prior)
+        if before is not None and step + 1 < self.num_timesteps:  # no level is left to see a later edit
+            batch = len(level.z0_hat)
+            _edit_known(a, before[-batch:], tensors["mask"][-batch:])
+            prior.told = a.frame.told()
+
+    def _finish(self, a: SimpleNamespace, solution: Solution, paste: bool, dtype: torch.dtype):
         """Paste, safety check, output type: (images, flags)."""
+        frame = a.frame
         if a.output_type == "latent":
             return solution.latent, None
         image = seamless(frame.pixels, solution.image, frame.known) if paste else solution.image
         images, flagged = self._hand_out(image, a.output_type, dtype)
         laid_over = frame.overlay is not None and a.output_type not in ("pt", "np")
         return (frame.overlay(images) if laid_over else images), flagged
+
+
+def _is_same(value, default) -> bool:
+    return value is default or (isinstance(value, (str, int, float)) and value == default)
+
+
+def _edit_known(a: SimpleNamespace, before: Tensor, after: Tensor) -> None:
+    """What is measured, and pasted, from here on: where a callback edited the mask, what its edit leaves known.
+
+    Args:
+        before, after: (B, 1, h, w), the mask as callbacks see it, 1 = painted.
+    """
+    if torch.equal(before, after):
+        return
+    known = a.frame.known
+    edited, painted = (interpolate(rows.to(known), size=known.shape[2:]) for rows in (before != after, after))
+    known = torch.where(edited > 0, 1 - painted.clamp(0, 1), known)
+    a.frame, operator = a.frame._replace(known=known), Mask(known)
+    a.measurement.operator, a.measurement.y = operator, operator(a.frame.pixels)
 
 
 def _set_inpainting(prior: GuidedPrior, tensors: dict) -> None:

@@ -16,7 +16,7 @@ from vml_ldm.measuring import Measured, check_std, measure, settle, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
-from vml_ldm.pipelines._solving import VMLPipelineOutput, start_noise
+from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
@@ -87,11 +87,13 @@ class RestoringMixin:
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
         count, inner_steps = chosen.split(steps)
-        explicit = a.timesteps is not None or a.sigmas is not None
+        explicit = is_explicit(a)
         picks = a.solver == "vml" and inner_steps > 0 and not explicit
         levels = self._plan(a, max(steps, count) if picks else count, chosen.renoise)
         if picks:
             levels = levels.at(pick_levels(levels.noise, count))
+        elif explicit:
+            inner_steps = chosen.inner_steps_of(len(levels), steps)
         if a.solver == "red-diff":
             self._num_timesteps, inner_steps = len(visits_of(a.red.order, levels)), 1  # of its optimiser
         else:

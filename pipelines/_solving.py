@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, ConsistencyDecoderVAE
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -76,14 +76,15 @@ class SolvingMixin:
 
     Attributes:
         gradient_vae: None, or a small decoder of the same latents (an `AutoencoderTiny`), with which the solver draws
-            at all levels but the last. It is loaded, saved and handed on by `from_pipe` with the pipeline, and follows
-            the VAE's device and precision, but is none of `components`, which stay the stock pipeline's.
+            at all levels but the last. Unless one (or None) is set or passed to a `from_...` method, it is the folder's
+            that the pipeline was loaded from, whoever loaded it. It is saved and handed on by `from_pipe` with the
+            pipeline, and follows the VAE's device and precision, but is none of `components`, which stay the stock
+            pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
         free_memory: bytes that ``memory="auto"`` counts on; None: what the device has free at each call. Processes that
             are to make the same plan are given the same.
     """
 
-    gradient_vae: AutoencoderTiny | None = None
     level: Level | None = None
     free_memory: int | None = None
     _denoiser_name, _prior_class = "unet", StableDiffusionPrior
@@ -100,28 +101,37 @@ class SolvingMixin:
     def _denoiser(self) -> nn.Module:
         return getattr(self, self._denoiser_name)
 
+    @property
+    def gradient_vae(self) -> AutoencoderTiny | None:
+        if "_gradient_vae" not in vars(self):  # diffusers' loaders make pipelines themselves, and then name the folder
+            loaded_from = self.config.get("_name_or_path")
+            folder = Path(loaded_from) / GRADIENT_VAE if loaded_from else None
+            self._gradient_vae = AutoencoderTiny.from_pretrained(folder) if folder and folder.is_dir() else None
+        return self._gradient_vae
+
+    @gradient_vae.setter
+    def gradient_vae(self, vae: AutoencoderTiny | None) -> None:
+        self._gradient_vae = vae
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load as `DiffusionPipeline.from_pretrained` does, and a local folder's `gradient_vae/` too.
+        """Load as `DiffusionPipeline.from_pretrained` does.
 
-        Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another, or none.
+        Pass `gradient_vae` (an `AutoencoderTiny`, or None) to take another than a local folder's own, or none.
         """
-        folder = Path(pretrained_model_name_or_path) / GRADIENT_VAE
-        if GRADIENT_VAE in kwargs:
-            small = kwargs.pop(GRADIENT_VAE)
-        else:
-            small = AutoencoderTiny.from_pretrained(folder) if folder.is_dir() else None
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipe.gradient_vae = small
-        return pipe
+        return _with_small(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path, **kwargs):
+        """Load as `FromSingleFileMixin.from_single_file` does; a file has no `gradient_vae`, which may be passed."""
+        return _with_small(super().from_single_file, pretrained_model_link_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
         """As `DiffusionPipeline.from_pipe`; `gradient_vae` is the given one's unless another is passed."""
-        small = kwargs.pop(GRADIENT_VAE, getattr(pipeline, GRADIENT_VAE, None))
-        pipe = super().from_pipe(pipeline, **kwargs)
-        pipe.gradient_vae = small
-        return pipe
+        if isinstance(pipeline, SolvingMixin):
+            kwargs.setdefault(GRADIENT_VAE, pipeline.gradient_vae)
+        return _with_small(super().from_pipe, pipeline, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `DiffusionPipeline.save_pretrained`, and `gradient_vae` into a folder of its own."""
@@ -161,6 +171,11 @@ class SolvingMixin:
                 f"the {network} takes {config.in_channels} channels; expected "
                 f"{channels[0]}{''.join(f', or {n} (inpainting)' for n in channels[1:])}."
             )
+        if isinstance(self.vae, ConsistencyDecoderVAE):
+            raise ValueError(
+                "`vae` is a ConsistencyDecoderVAE, which draws with noise of its own, so no gradient is the image's; "
+                "expected AutoencoderKL, AsymmetricAutoencoderKL or AutoencoderTiny. Or, to inpaint, solver='none'."
+            )
         self._check_gradient_vae(a)
         a.memory = parse_memory(a.memory)
         self._guidance_scale, self._clip_skip, self._interrupt = a.guidance_scale, a.clip_skip, False
@@ -185,7 +200,7 @@ class SolvingMixin:
 
     def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
         """`count` levels of the scheduler's, or those at the caller's `timesteps` or `sigmas`."""
-        if a.timesteps is None and a.sigmas is None:
+        if not is_explicit(a):
             check_count(self.scheduler, count)
         retrieve_timesteps(self.scheduler, count, self._execution_device, a.timesteps, a.sigmas)
         return scheduler_levels(self.scheduler, self.scheduler.timesteps, renoise)
@@ -327,7 +342,7 @@ class SolvingMixin:
     ) -> tuple[Tensor, list[dict]]:
         """The solver's last latent and its trace, with a progress bar, callbacks and interruption.
 
-        An interrupted solve gives its last clean estimate.
+        An interrupted solve gives its last clean estimate, or the latents as a callback changed them.
 
         Args:
             solving: the levels as they end.
@@ -338,7 +353,7 @@ class SolvingMixin:
         try:
             with self.progress_bar(total=count) as bar:
                 for step, level in enumerate(solving):
-                    self.level, t = level, timesteps[level.index]
+                    self.level, t, made = level, timesteps[level.index], level.x_next.clone()
                     trace.append(record(level))
                     if a.callback_on_step_end is not None:
                         self._call_back(a, step, t, level, tensors, prior.prior)
@@ -346,7 +361,7 @@ class SolvingMixin:
                     if a.callback is not None and step % (a.callback_steps or 1) == 0:
                         a.callback(step, t, level.x_next)
                     if self.interrupt:
-                        return level.z0_hat, trace
+                        return (level.z0_hat if torch.equal(level.x_next, made) else level.x_next), trace
             return level.x_next, trace
         finally:
             self.level = None
@@ -358,7 +373,26 @@ class SolvingMixin:
         changed = a.callback_on_step_end(self, step, t, wanted) or {}
         level.x_next = changed.get("latents", level.x_next)
         tensors.update({name: changed[name] for name in tensors if name in changed})
+        self._regard_guidance(prior, tensors, len(level.z0_hat))
         self._condition(prior, tensors)
+
+    def _regard_guidance(self, prior: GuidedPrior, tensors: dict, batch: int) -> None:
+        """Guidance as a callback left it: its scale, and whether the negative prompt's rows are still there.
+
+        Raises:
+            ValueError: a number of rows that is of neither, or guidance without a negative prompt.
+        """
+        prior.guidance_scale = self.guidance_scale
+        if len(tensors["prompt_embeds"]) <= batch:
+            prior.negative = None
+        if prior.negative is None and self.do_classifier_free_guidance:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale} after the callback, and `prompt_embeds` has no rows of a "
+                "negative prompt; expected guidance_scale <= 1. To change it later, start with guidance_scale > 1."
+            )
+        for name, rows in tensors.items():
+            if rows is not None and not name.startswith("negative"):
+                tensors[name] = _rows_of(name, rows, batch, 1 if prior.negative is None else 2)
 
     def _screen(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
         """Images (B, 3, H, W) in [0, 1] after the safety check, and its flags."""
@@ -385,6 +419,14 @@ class SolvingMixin:
         return result if report is None else (*result, report)
 
 
+def _with_small(load: Callable, source, **kwargs):
+    """The pipeline that `load` makes, with the `gradient_vae` that it is called with, if it is."""
+    given, small = GRADIENT_VAE in kwargs, kwargs.pop(GRADIENT_VAE, None)
+    pipe = load(source, **kwargs)
+    pipe.gradient_vae = small if given else pipe.gradient_vae  # loaded now, while the folder is there
+    return pipe
+
+
 def _say(fitted: Fitted, memory: str | int) -> None:
     """To the log; as a warning, which shows by default, where images change that nobody asked to change."""
     changed = fitted.is_over or not (fitted.is_exact or memory == "low")
@@ -395,6 +437,22 @@ def sides(prior: GuidedPrior, rows: Tensor) -> Iterator[tuple[dict, Tensor]]:
     """The prior's conditions, each with its rows of a tensor: under guidance the negative ones come first."""
     conditions = [prior.condition] if prior.negative is None else [prior.negative, prior.condition]
     return zip(conditions, rows.chunk(len(conditions)), strict=True)
+
+
+def is_explicit(a: SimpleNamespace) -> bool:
+    """Whether the caller names the levels."""
+    return getattr(a, "timesteps", None) is not None or a.sigmas is not None
+
+
+def _rows_of(name: str, rows: Tensor, batch: int, sides: int) -> Tensor:
+    """A callback's tensor with `sides` rows for each image: the negative ones are left out where nothing is guided."""
+    kept = rows[-batch:] if len(rows) == 2 * batch and sides == 1 else rows
+    if len(kept) != sides * batch:
+        raise ValueError(
+            f"`{name}` has {len(rows)} rows after the callback, for {batch} images; expected {batch}, or {2 * batch} "
+            "under guidance, the negative ones first, as many as the others have."
+        )
+    return kept
 
 
 def _with_text_model(encode_prompt: Callable) -> Callable:

@@ -78,13 +78,15 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         - `num_inference_steps` is the budget of denoiser evaluations. K inner steps and one estimate for the next state
           make K + 1 evaluations a level, so there are ``budget // (K + 1)`` levels (a short budget lowers K before it
           goes below four levels, unless `inner_steps` is given); `num_timesteps`, the progress bar and callbacks count
-          levels. Explicit `timesteps` or `sigmas` are the levels.
+          levels. Explicit `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays,
+          but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
-        - `eta` has no effect: `renoise` says how the next state is made.
+        - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
+        - `eta` has no effect, of which a warning tells: `renoise` says how the next state is made.
 
         Args:
-            solver: "vml", or "none" for the stock pipeline, bit for bit.
+            solver: "vml", or "none" for the stock pipeline, bit for bit; a warning names what it does not look at.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; a number or
                 one for each image. None is 0, for a clean image that is edited. The solver adds the VAE's own error.
             jacobian: "exact" pulls the gradient back through the UNet; "free" saves that backward pass. None: the

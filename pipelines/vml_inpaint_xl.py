@@ -90,7 +90,8 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
           is `image` itself, noised to the first level. The stock default 0.9999 keeps every level and so starts from
           `image` at the most noise, where traces of what is painted over are left; `start` has no effect then.
         - `denoising_start` and `denoising_end` are refused: a base and a refiner do not share a solve.
-        - `guidance_rescale` has no effect: guidance is bounded already (see `GuidedPrior.guide`).
+        - `guidance_rescale` has no effect, of which a warning tells: guidance is bounded already (see
+          `GuidedPrior.guide`).
         - A watermark (stock has one if the package invisible-watermark is installed) is laid over the whole image, the
           known pixels too. Load with `add_watermarker=False` to keep them bit-identical.
 

@@ -73,7 +73,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         - `num_inference_steps` is the budget of denoiser evaluations. VML makes K inner steps and one estimate for the
           next state at each level, so there are ``budget // (K + 1)`` levels (a short budget lowers K before it goes
           below four levels, unless `inner_steps` is given). RED-diff makes one evaluation at each level.
-          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels.
+          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
+          and share the budget: K is lowered to what it pays, but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise. RED-diff takes no guidance.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.

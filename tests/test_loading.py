@@ -1,6 +1,7 @@
 """How diffusers finds the pipelines: as a file of one's own, and by name after `register`."""
 
 import inspect
+import shutil
 
 import diffusers
 import numpy as np
@@ -26,6 +27,7 @@ from vml_ldm import (
     VMLInpaintXLPipeline,
     VMLRestorePipeline,
     VMLRestoreXLPipeline,
+    bundled_model,
     register,
 )
 
@@ -35,7 +37,7 @@ FAMILIES = {
     "stable-diffusion-xl": VMLInpaintXLPipeline,
     "stable-diffusion-3": VMLInpaintSD3Pipeline,
 }
-QUICK = {"num_inference_steps": 4, "inner_steps": 1, "output_type": "np"}
+QUICK = {"height": 64, "width": 64, "num_inference_steps": 4, "inner_steps": 1, "output_type": "np"}
 
 
 @pytest.fixture
@@ -106,6 +108,33 @@ def test_the_automatic_loaders_know_a_registered_pipeline(folders, unregistered)
     assert type(AutoPipelineForInpainting.from_pipe(pipe)) is VMLInpaintPipeline
     assert type(AutoPipelineForText2Image.from_pipe(pipe)) is StableDiffusionPipeline
     assert type(AutoPipelineForImage2Image.from_pipe(pipe)) is StableDiffusionImg2ImgPipeline
+
+
+def routes(folder):
+    """Every way to a pipeline of a folder."""
+    custom = {"custom_pipeline": inspect.getfile(VMLInpaintPipeline), "trust_remote_code": True}
+    stock, ours = load(StableDiffusionInpaintPipeline, folder), load(VMLInpaintPipeline, folder)
+    yield ours
+    yield load(DiffusionPipeline, folder, **custom)
+    yield VMLInpaintPipeline.from_pipe(stock)
+    yield VMLInpaintPipeline.from_pipe(VMLRestorePipeline.from_pipe(ours))
+    ours.save_pretrained(saved := f"{folder}-saved")
+    yield load(VMLInpaintPipeline, saved)
+    register()
+    yield load(DiffusionPipeline, saved)
+    yield load(AutoPipelineForInpainting, saved)
+    yield AutoPipelineForInpainting.from_pipe(load(DiffusionPipeline, saved))
+
+
+def test_every_route_to_the_bundled_checkpoint_gives_one_image(unregistered, tmp_path):
+    """Its small decoder too, which diffusers' loaders do not know."""
+    shutil.copytree(bundled_model(), tmp_path / "model")
+    pipes = list(routes(tmp_path / "model"))
+    first, *others = map(solve, pipes)
+    assert all(pipe.gradient_vae is not None for pipe in pipes)
+    assert all(np.array_equal(first, other) for other in others)
+    pipes[0].gradient_vae = None
+    assert not np.array_equal(solve(pipes[0]), first)
 
 
 def test_every_family_is_registered(unregistered):

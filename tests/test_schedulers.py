@@ -196,6 +196,13 @@ def test_restoration_runs(parts, cls):
     assert out.report.levels == 4
 
 
+def test_restoration_s_explicit_levels_share_the_budget(parts):
+    pipe = pipeline(VMLRestorePipeline, parts, tiny.scheduler(cls=EulerDiscreteScheduler))
+    given = {"y": torch.rand(1, 3, 8, 8), "operator": Downsample(4), "timesteps": [900, 500, 100]}
+    report = pipe("", SIZE, SIZE, 7, guidance_scale=1.0, **given, return_report=True).report
+    assert (report.levels, report.inner_steps) == (3, 1) and report.calls["denoise"] <= 6
+
+
 @pytest.mark.parametrize("cls", SERVED, ids=names)
 @pytest.mark.parametrize(
     "name, given, count", [("timesteps", [900, 500, 100], 3), ("sigmas", [10.0, 3.0, 1.0, 0.2, 0.0], 4)]

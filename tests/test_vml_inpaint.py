@@ -1,6 +1,7 @@
 """VMLInpaintPipeline on the bundled checkpoint: the stock call, the known pixels, batches, masks, callbacks, errors."""
 
 import inspect
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -252,6 +254,23 @@ def test_explicit_timesteps_are_the_levels(fresh):
     assert [level["sigma"] for level in report.trace] == pytest.approx([10.0, 3.0, 1.0, 0.2])
 
 
+@pytest.mark.parametrize(
+    "levels, steps, inner_steps", [(10, 50, 4), (3, 50, 9), (1, 50, 9), (6, 6, 1), (6, 0.5, 1), (3, 12, 3)]
+)
+def test_explicit_levels_share_the_budget_by_the_documented_rule(levels, steps, inner_steps):
+    assert settings("balanced").inner_steps_of(levels, steps) == inner_steps
+    assert settings("balanced", inner_steps=7).inner_steps_of(levels, steps) == 7
+
+
+def test_explicit_levels_share_the_budget(fresh):
+    fresh.scheduler = EulerDiscreteScheduler.from_config(fresh.scheduler.config, timestep_spacing="trailing")
+    given = {"timesteps": [900, 700, 500, 300], "num_inference_steps": 12, "guidance_scale": 1.0}
+    for strength, levels in ((1.0, 4), (0.5, 2)):
+        report = call(fresh, **given, strength=strength, inner_steps=None, return_report=True).report
+        assert (report.levels, report.inner_steps) == (levels, 2)
+        assert report.calls["denoise"] <= 12 * strength
+
+
 def test_latents_in_and_out(pipe):
     noise = torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
     common = {"latents": noise, "output_type": "latent", "generator": seeds(7)}
@@ -274,6 +293,50 @@ def test_callbacks_count_levels_and_change_tensors(pipe):
     out = call(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, output_type="latent")
     assert [step for step, *_ in seen] == [0, 1, 2] and seen[0][2] == sorted(names)
     assert not out.images.any()
+
+
+def test_a_callback_s_mask_is_measured_and_pasted_from_there_on(pipe):
+    """Where it changed the mask, in blocks of the latents; the other pixels' mask stays as fine as it was."""
+    image, fine = np.asarray(picture()), right_half().crop((3, 0, SIZE + 3, SIZE))
+    fine.paste(255, (SIZE - 3, 0, SIZE, SIZE))
+    known = np.asarray(fine) == 0
+    rows = np.indices((SIZE, SIZE))[0] < SIZE // 2
+    blocks = rows & (np.indices((SIZE, SIZE))[1] >= SIZE // 2)  # those of the latents that are painted
+
+    def edit(value, at=0):
+        def upper(pipe, step, timestep, tensors):
+            if step == at:
+                tensors["mask"][..., : SIZE // 16, :] = value
+            return tensors
+
+        names = ["mask"]
+        return {"callback_on_step_end": upper, "callback_on_step_end_tensor_inputs": names, "mask_image": fine}
+
+    kept, opened = (np.asarray(call(pipe, **edit(value)).images[0]) for value in (0, 1))
+    assert np.array_equal(kept[known | blocks], image[known | blocks])
+    assert not np.array_equal(kept[~known & rows], image[~known & rows])
+    assert np.array_equal(opened[known & ~rows], image[known & ~rows])
+    assert not np.array_equal(opened[known & rows], image[known & rows])
+    after_the_last = np.asarray(call(pipe, **edit(1, at=2)).images[0])
+    assert np.array_equal(after_the_last, np.asarray(call(pipe, mask_image=fine).images[0]))
+
+
+def test_the_official_cutoff_takes_guidance_away(pipe):
+    """`SDCFGCutoffCallback` sets the scale to 0 and leaves one row: what comes after has no negative prompt."""
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    guided = call(pipe, return_report=True).report
+    out = call(pipe, callback_on_step_end=cutoff, return_report=True)
+    assert pipe.guidance_scale == 0 and out.report.levels == guided.levels == 3
+    assert guided.calls["denoise"] - out.report.calls["denoise"] == 1  # the second level's; the last one never has it
+    with pytest.raises(ValueError, match=r"`prompt_embeds` has 1 rows after the callback, for 2 images; expected 2"):
+        call(pipe, callback_on_step_end=cutoff, num_images_per_prompt=2, generator=None)
+    assert pipe.unet.conv_in.weight.requires_grad
+
+    def guide(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0
+
+    with pytest.raises(ValueError, match=r"guidance_scale is 3\.0 after the callback, and `prompt_embeds` has no rows"):
+        call(pipe, guidance_scale=1.0, callback_on_step_end=guide)
 
 
 def test_an_interrupted_call_returns_its_last_clean_estimate(pipe):
@@ -393,12 +456,31 @@ def test_flagged_images_are_black_and_the_others_keep_their_pixels(fresh, thresh
         ({"prompt": ["a", "b"], "image": [picture()] * 3}, "3 of `image` came for 2 prompts"),
         ({"generator": seeds(0, 1)}, "2 generators came for 1 images"),
         ({"solver": "none", "return_report": True}, "return_report=True came with solver='none'"),
+        ({"solver": "none", "preset": "turbo"}, "preset is 'turbo'; expected one of 'fast', 'balanced', 'best'"),
+        ({"solver": "none", "memory": "lots"}, "memory is 'lots'; expected"),
+        ({"solver": "none", "renoise": 2.0}, r"renoise is 2.0; expected a number in \[0, 1\]"),
         ({"padding_mask_crop": 4, "mask_image": right_half((32, 32))}, "expected the same size"),
     ],
 )
 def test_bad_input_is_refused_in_one_clear_sentence(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(pipe, **arguments)
+
+
+def test_what_a_solver_does_not_look_at_is_named_once(pipe):
+    stock = {"solver": "none", "inner_steps": None, "num_inference_steps": 2}
+    given = {"paste": False, "use_gradient_vae": True, "sigma_y": 0.1, "preset": "best", "memory": "1GiB"}
+    with pytest.warns(UserWarning, match="solver='none' does not look at") as told:
+        call(pipe, **stock, **given)
+    (text,) = [str(warning.message) for warning in told if "does not look" in str(warning.message)]
+    assert all(f"{name}={value!r}" in text for name, value in given.items()) and text.count("=") == 1 + len(given)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"solver='vml' does not look at eta=0\.5"):
+        call(pipe, eta=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(pipe, **stock)
+        call(pipe, preset="best", paste=False)
 
 
 def test_an_unknown_argument_is_not_swallowed(pipe):

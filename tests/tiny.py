@@ -7,8 +7,10 @@ import inspect
 import diffusers
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
     AutoencoderTiny,
+    ConsistencyDecoderVAE,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -67,6 +69,22 @@ def gradient_vae(seed: int = 0, **options) -> AutoencoderTiny:
     narrow, few = (8, 8, 8, 8), (1, 1, 1, 1)
     shape = {"num_encoder_blocks": few, "num_decoder_blocks": few, "decoder_block_out_channels": narrow, **options}
     return AutoencoderTiny(encoder_block_out_channels=narrow, **shape).eval()
+
+
+def asymmetric_vae(seed: int = 0) -> AsymmetricAutoencoderKL:
+    """Of the same latents as `vae`; its decoder is told what is known."""
+    torch.manual_seed(seed)
+    narrow = {"down_block_out_channels": (8, 8, 8, 8), "up_block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AsymmetricAutoencoderKL(**narrow, **blocks).eval()
+
+
+def consistency_vae(seed: int = 0) -> ConsistencyDecoderVAE:
+    """Of the same latents as `vae`; its decoder draws with noise of its own."""
+    torch.manual_seed(seed)
+    shape = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    encoder, decoder = ({f"{part}_{name}": value for name, value in shape.items()} for part in ("encoder", "decoder"))
+    return ConsistencyDecoderVAE(**encoder, **decoder).eval()
 
 
 def unet2d(channels: int = 3, seed: int = 0, **options) -> UNet2DModel:

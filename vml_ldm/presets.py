@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .solve import check_choices
+from .solve import check_choices, check_renoise
 
 STARTS = ("noise", "measurement")
 EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
@@ -46,6 +46,12 @@ class Settings:
             inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
         return max(1, evaluations // (inner + 1)), inner
 
+    def inner_steps_of(self, levels: int, num_inference_steps: float) -> int:
+        """K for so many levels, which are given: the preset's, or as many as the budget pays, then at least 1."""
+        if self.fixed:
+            return self.inner_steps
+        return min(self.inner_steps, max(1, int(self.budget * num_inference_steps) // levels - 1))
+
 
 def pick_levels(noise: Sequence[float], count: int) -> list[int]:
     """Which of a sampler's levels a measurement is solved at: `count`, evenly, the last the least noisy that is left.
@@ -73,11 +79,13 @@ def settings(preset: str, **explicit) -> Settings:
     """The preset with the arguments that are not None in place of its own.
 
     Raises:
-        ValueError: an unknown preset or Jacobian, or a negative or fractional number of inner steps.
+        ValueError: an unknown preset or Jacobian, a negative or fractional number of inner steps, or a renoise that is
+            not in [0, 1].
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
     given = {name: value for name, value in explicit.items() if value is not None}
     chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
+    check_renoise(chosen.renoise)
     return chosen

@@ -63,8 +63,7 @@ class Levels:
     """
 
     def __init__(self, scales: Sequence[tuple[float, float]], renoise: float = 1.0):
-        if not 0 <= renoise <= 1:
-            raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
+        check_renoise(renoise)
         if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
             raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
         if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in pairwise(scales)):
@@ -265,6 +264,12 @@ def check_choices(inner_steps: int, jacobian: str) -> None:
         raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
 
 
+def check_renoise(renoise: float) -> None:
+    """Raise ValueError for a share of fresh noise outside [0, 1]."""
+    if not 0 <= renoise <= 1:
+        raise ValueError(f"renoise is {renoise}; expected a number in [0, 1]: 1 = fresh noise, 0 = deterministic.")
+
+
 def record(level: Level) -> dict:
     """A level's figures as plain numbers."""
     return {
@@ -306,9 +311,13 @@ class Metered:
 
     def __init__(self, prior: Prior, decoder: str = "decode"):
         self.prior, self.decoder, self.calls, self.seconds = prior, decoder, Counter(), Counter()
-        guide = getattr(prior, "guide", None)
-        self.guide = guide and (lambda *state: self._timed("denoise", guide, *state))
         self.pixel_scale = getattr(prior, "pixel_scale", None)
+
+    @property
+    def guide(self) -> Callable | None:
+        """The prior's, as it is now: guidance may change between levels."""
+        guide = getattr(self.prior, "guide", None)
+        return guide and (lambda *state: self._timed("denoise", guide, *state))
 
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"."""

@@ -1,10 +1,10 @@
-"""What users load on top: LoRA, textual inversion, IP-Adapter."""
+"""What users load on top, or in place of a part: LoRA, textual inversion, IP-Adapter, other VAEs."""
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from subjects import picture, same
+from subjects import SUBJECTS, mask, picture, same
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
@@ -36,6 +36,22 @@ def test_lora(subject, pipe):
     assert same(subject.images(pipe), styled, 1e-3)
     pipe.unload_lora_weights()
     assert same(subject.images(pipe), images)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_lora_scale_and_checkpointing(subject, pipe, scale):
+    """a LoRA's scale holds where parts run again, and its layers are as they were after the call"""
+    pytest.importorskip("peft")
+    pipe.load_lora_weights(lora(pipe.unet), adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    styled, plain = subject.images(pipe), subject.images(pipe, cross_attention_kwargs={"scale": 1.0})
+    scaled = subject.images(pipe, cross_attention_kwargs={"scale": scale})
+    pipe.set_adapters("style", 0.7)
+    pipe.unet.enable_gradient_checkpointing()
+    assert same(subject.images(pipe, cross_attention_kwargs={"scale": scale}), scaled, 1e-3)
+    assert same(styled, plain) and not same(scaled, plain, 1e-3)
+    pipe.set_adapters("style", 0.7 * scale)
+    assert same(subject.images(pipe), scaled, 1e-3)
 
 
 def test_textual_inversion(subject, parts):
@@ -85,3 +101,32 @@ def test_ip_adapter(subject, parts):
     assert same(subject.images(pipe, ip_adapter_image_embeds=embeds), acting)
     pipe.unload_ip_adapter()
     assert same(subject.images(pipe), images)
+
+
+@pytest.mark.parametrize("vae", [tiny.gradient_vae, tiny.asymmetric_vae], ids=["tiny", "asymmetric"])
+def test_other_vaes(subject, parts, vae):
+    """AutoencoderTiny and AsymmetricAutoencoderKL stand in for the VAE"""
+    images = subject.images(subject.make({**parts, "vae": vae()}))
+    assert np.isfinite(images).all() and not same(images, subject.images(subject.make(parts)))
+
+
+def test_a_decoder_that_is_told_what_is_known(parts):
+    """The solver on: it is told so at every pass, those too that run again; image and mask are as stock hands them."""
+    vml, told = SUBJECTS[2], {}
+    for subject in SUBJECTS[1:]:
+        seen, pipe = [], subject.make({**parts, "vae": tiny.asymmetric_vae()})
+        pipe.vae.decoder.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[1:]))
+        subject.images(pipe)
+        told[subject.name] = seen
+    ((image, painted),) = told["none"]
+    for ours in told["vml"]:
+        assert torch.allclose(ours[0], image, atol=1e-6) and torch.equal(ours[1], painted)
+    batch = {"image": [picture(0), picture(1)], "mask_image": [mask()] * 2, "prompt": ["a hat"] * 2}
+    assert same(*(vml.images(pipe, **batch, memory=memory) for memory in ("fast", "low")), 1e-3)
+
+
+def test_a_decoder_with_noise_of_its_own_is_refused(parts):
+    """The solver on: a ConsistencyDecoderVAE has no gradient to follow."""
+    vml = SUBJECTS[2]
+    with pytest.raises(ValueError, match="`vae` is a ConsistencyDecoderVAE"):
+        vml.images(vml.make({**parts, "vae": tiny.consistency_vae()}))

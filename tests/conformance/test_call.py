@@ -173,6 +173,51 @@ def test_callback_changes(subject, pipe):
     assert not same(changed, subject.images(pipe), 1e-5)
 
 
+def test_callback_guidance(subject, pipe):
+    """callbacks change the guidance scale"""
+
+    def rise(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 0.5
+        return tensors
+
+    slightly = {"guidance_scale": 1.25, "num_inference_steps": 8}
+    changed = subject.images(pipe, **slightly, callback_on_step_end=rise)
+    assert pipe.guidance_scale == 1.25 + 0.5 * pipe.num_timesteps
+    assert not same(changed, subject.images(pipe, **slightly), 1e-5)
+
+
+def test_callback_mask(subject, pipe):
+    """callbacks change the mask, in place too"""
+
+    def keep_all(pipe, step, timestep, tensors):
+        return {"mask": torch.zeros_like(tensors["mask"])}
+
+    def keep_all_in_place(pipe, step, timestep, tensors):
+        tensors["mask"].zero_()
+        return tensors
+
+    names = {"callback_on_step_end_tensor_inputs": ["latents", "mask"]}
+    changed = subject.images(pipe, callback_on_step_end=keep_all, **names)
+    assert not same(changed, subject.images(pipe), 1e-3)
+    assert same(subject.images(pipe, callback_on_step_end=keep_all_in_place, **names), changed)
+
+
+def test_interrupt_with_changes(subject, pipe):
+    """an interrupted call gives the latents as the callback changed them"""
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {"latents": torch.full_like(tensors["latents"], 0.5)}
+
+    def stop_in_place(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        tensors["latents"].fill_(0.5)
+        return tensors
+
+    for callback in (stop, stop_in_place):
+        assert (subject.images(pipe, callback_on_step_end=callback, output_type="latent") == 0.5).all()
+
+
 def test_interrupt(subject, pipe):
     """an interrupted call ends early, with finite images"""
     calls = []

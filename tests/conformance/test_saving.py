@@ -1,5 +1,7 @@
 """Saving, loading, converting: folders, variants, precisions, single files, other pipelines' parts."""
 
+import re
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -90,3 +92,79 @@ def test_single_file(subject, parts, pipe, tmp_path):
     loaded = subject.quiet(subject.cls.from_single_file(str(tmp_path / "vae.safetensors"), **given, **options))
     assert type(loaded) is subject.cls and loaded.vae is not parts["vae"]
     assert same(subject.images(loaded), subject.images(pipe))
+
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET = {  # of the tiny one: two blocks, the second with attention, one layer each
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0",
+    "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE = (
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{3 - int(found[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
+)
+
+
+def in_one_file(pipe) -> dict:
+    """The weights of UNet, VAE and text encoder under the names of the original Stable Diffusion 1.x code."""
+    state = {}
+    for name, value in pipe.unet.state_dict().items():
+        part = max((part for part in _UNET if name.startswith(f"{part}.")), key=len)
+        rest = name.removeprefix(f"{part}.")
+        layer, _, kind = rest.rpartition(".")
+        own = f"{_RESNET[layer]}.{kind}" if "resnets" in part else rest
+        state[f"model.diffusion_model.{_UNET[part]}.{own}"] = value
+    for name, value in pipe.vae.state_dict().items():
+        is_attention, own = "attentions" in name, name
+        for theirs, original in _VAE:
+            own = re.sub(theirs, original, own)
+        convolved = is_attention and value.ndim == 2  # attention's projections are convolutions there
+        state[f"first_stage_model.{own}"] = value[..., None, None] if convolved else value
+    words = {f"cond_stage_model.transformer.text_model.{k}": v for k, v in pipe.text_encoder.state_dict().items()}
+    return {name: value.contiguous() for name, value in {**state, **words}.items()}
+
+
+def test_one_file_of_all(subject, parts, pipe, tmp_path):
+    """from_single_file reads all networks of an original checkpoint from one file"""
+    pipe.save_pretrained(tmp_path / "folder")
+    for name in NETWORKS:
+        for weights in (tmp_path / "folder" / name).glob("*.safetensors"):
+            weights.unlink()
+    save_file(in_one_file(pipe), tmp_path / "all.safetensors")
+    options = {"config": str(tmp_path / "folder"), "local_files_only": True, "safety_checker": None}
+    loaded = subject.quiet(subject.cls.from_single_file(str(tmp_path / "all.safetensors"), **options))
+    assert type(loaded) is subject.cls and same(subject.images(loaded), subject.images(pipe))

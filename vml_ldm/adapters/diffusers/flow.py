@@ -52,7 +52,7 @@ class FlowPrior(GuidedPrior, NetworkPrior):
 
     Args:
         transformer: predicts the velocity, for example `SD3Transformer2DModel`.
-        vae: `AutoencoderKL`.
+        vae: `AutoencoderKL` or `AutoencoderTiny`.
         scheduler: gives `num_train_timesteps`, the time step at which sigma is 1.
         condition: keyword arguments of the transformer's call for the prompt: encoder_hidden_states (B, n, d),
             pooled_projections (B, p), and others.
@@ -61,7 +61,6 @@ class FlowPrior(GuidedPrior, NetworkPrior):
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
-        guide: None without guidance.
         retries: how often a network was run once more in float32, by network.
     """
 

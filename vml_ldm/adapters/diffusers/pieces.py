@@ -50,23 +50,24 @@ class _RunAgain(nn.Module):
         super().__init__()
         self.module, self._keep = module, keep
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Again.apply(self, x)
+    def forward(self, x: Tensor, *given: Tensor | None) -> Tensor:
+        return _Again.apply(self, x, *given)
 
-    def pullback(self, x: Tensor, cotangent: Tensor) -> Tensor:
+    def pullback(self, cotangent: Tensor, x: Tensor, *given: Tensor | None) -> Tensor:
         with self._keep():
-            _, pull = pullback(self.module, x)
+            _, pull = pullback(lambda x: self.module(x, *given), x)
         return pull(cotangent)
 
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, again: _RunAgain, x: Tensor) -> Tensor:
+    def forward(ctx, again: _RunAgain, *inputs: Tensor | None) -> Tensor:
         ctx.again = again
-        ctx.save_for_backward(x)
-        return again.module(x)
+        ctx.save_for_backward(*inputs)
+        return again.module(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, cotangent: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.again.pullback(*ctx.saved_tensors, cotangent)
+    def backward(ctx, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        pulled = ctx.again.pullback(cotangent, *ctx.saved_tensors)
+        return None, pulled, *(None for _ in ctx.saved_tensors[1:])

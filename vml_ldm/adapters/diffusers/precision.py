@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 
 import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers
 from torch import Tensor, nn
+from torch.autograd import graph
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
@@ -23,7 +27,7 @@ _LAYERS = ("resnets", "attentions", "upsamplers")  # the lists of a decoder's bl
 
 class Guard:
     """Runs networks and checks what they give. It owns their state while a prior is in use: gradient flags,
-    checkpointing, precision.
+    checkpointing, precision, the scale of LoRA layers.
 
     Attributes:
         retries: how often a network was run once more in float32, by name.
@@ -35,6 +39,7 @@ class Guard:
         self._thawed: list[tuple[nn.Module, str]] = []
         self._checkpointed = 0
         self._checkpointing: list[tuple[nn.Module, tuple[str, ...], dict]] = []
+        self._scalings: list[tuple[dict, dict]] = []
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
@@ -84,21 +89,39 @@ class Guard:
             vars(module).update(found)
         self._checkpointing, self._checkpointed = [], 0
 
+    def scale_lora(self, network: nn.Module, scale: float) -> None:
+        """Scale the network's LoRA layers until `restore`.
+
+        A network's own forward pass does so for its own duration only: what a backward pass runs again misses it.
+        """
+        if scale == 1.0 or not USE_PEFT_BACKEND:
+            return
+        found = (vars(module).get("scaling") for module in network.modules())
+        self._scalings += [(scaling, dict(scaling)) for scaling in found if isinstance(scaling, dict)]
+        scale_lora_layers(network, scale)
+
     def restore(self) -> None:
-        """Leave the networks as they came: gradients' flags, checkpointing, and their precision if it was lifted."""
+        """Leave the networks as they came: gradients' flags, checkpointing, LoRA, and precision if it was lifted."""
+        for scaling, before in reversed(self._scalings):
+            scaling.update(before)
+        self._scalings.clear()
         self._leave_checkpointing()
         for network, name in self._thawed:  # by name: offloading may have put other parameters there
             network.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
         for network, dtypes in self._upcast.items():
-            for name, tensor in _floats(network):
+            for name, tensor in _floats(network) if not _is_recast(network) else ():
                 tensor.data = tensor.data.to(dtypes[name])
         self._upcast.clear()
 
     def upcast(self, network: nn.Module) -> None:
-        """Run a network in float32 from here on, until `restore`."""
+        """Run a network in float32 from here on, until `restore`.
+
+        Its weights are float32 meanwhile, unless hooks put other ones there at every pass: then they are cast as they
+        are used.
+        """
         self._upcast[network] = {name: tensor.dtype for name, tensor in _floats(network)}
-        for _, tensor in _floats(network):
+        for _, tensor in _floats(network) if not _is_recast(network) else ():
             tensor.data = tensor.data.float()
 
     def dtype(self, network: nn.Module) -> torch.dtype:
@@ -143,11 +166,11 @@ class Guard:
         value, pull = self._finite(name, network, run_first if rerun == "whole" else run)
 
         def checked(cotangent: Tensor) -> Tensor:
-            if rerun == "parts" or is_checkpointed(network):
-                _fetch(network, cotangent.device)
             first = lambda: (at_unit_size(pull)(cotangent),)  # noqa: E731
             again = lambda: (at_unit_size(run()[1])(cotangent),)  # noqa: E731
-            return self._finite(f"the backward pass of {name}", network, first, again)[0]
+            in_parts = rerun == "parts" or is_checkpointed(network)
+            with _fetched(network, cotangent.device) if in_parts else nullcontext():
+                return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
 
@@ -163,14 +186,19 @@ class Guard:
 
     def _finite(self, name: str, network: nn.Module, run: Callable[[], tuple], again: Callable | None = None) -> tuple:
         """run(), a tuple whose first item must be finite; otherwise `again` (the same, if None) in float32."""
-        result = run()
+        with self._precision(network):
+            result = run()
         if _is_finite(result[0]):
             return result
         self._lift(name, network)
-        result = (again or run)()
+        with self._precision(network):
+            result = (again or run)()
         if not _is_finite(result[0]):
             raise NonFiniteError(_message(name))
         return result
+
+    def _precision(self, network: nn.Module) -> AbstractContextManager:
+        return _InFloat32() if network in self._upcast and _is_recast(network) else nullcontext()
 
     def _lift(self, name: str, network: nn.Module) -> None:
         """Move a half-precision network to float32 for the rest of the call, with a warning; otherwise raise."""
@@ -196,6 +224,35 @@ def _checkpointed(forward: Callable, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+class _InFloat32(TorchFunctionMode):
+    """What runs inside on float32 data stays float32, whatever precision the weights have that it meets.
+
+    Half-precision operands beside float32 ones are cast as they are used, and a float32 tensor is not made a half one.
+    What moves, casts or loads weights, as hooks do, has no float32 operands and goes through as it is.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.autograd.grad:
+            return self._pull(*args, **kwargs)
+        given = (args, kwargs or {})
+        kinds = {leaf.dtype for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+        if torch.float32 in kinds and func.__name__ not in ("__get__", "__set__"):
+            given = tree_map(_lifted, given)
+        return func(*given[0], **given[1])
+
+    def _pull(self, outputs: tuple, inputs: tuple, grad_outputs: Tensor, **_) -> tuple[Tensor, ...]:
+        """`torch.autograd.grad` as `pullback` calls it, but with this mode on, for what backward passes run again."""
+        with self:
+            run = graph._engine_run_backward  # torch.autograd.grad itself would leave the mode again
+            return run(outputs, (grad_outputs,), False, False, inputs, False, accumulate_grad=False)
+
+
+def _lifted(value):
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALF else value
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
+
+
 def cast(value, like: Tensor):
     """The tensors in a tensor, dict, list or tuple on like's device, floats in its precision. Containers are copied."""
     if isinstance(value, Tensor):
@@ -205,12 +262,34 @@ def cast(value, like: Tensor):
     return type(value)(cast(item, like) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def _fetch(network: nn.Module, device: torch.device) -> None:
-    """Bring an offloaded network back whose backward pass runs parts of it again."""
+@contextmanager
+def _fetched(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """An offloaded network brought back while a backward pass runs parts of it again, without what calls them."""
     hook, weight = getattr(network, "_hf_hook", None), next(network.parameters(), None)
     away = weight is not None and weight.device.type not in ("meta", device.type)  # on meta its layers have their own
     if away and hasattr(hook, "pre_forward"):
         hook.pre_forward(network)
+    held = [(group, group.offload_leader) for group in _groups(network)]
+    try:
+        for group, _ in held:
+            group.onload_()
+            if group.stream is not None:
+                group.stream.synchronize()
+            group.offload_leader = None  # its pass, run again, would take it away before its parts are
+        yield
+    finally:
+        for group, leader in held:
+            group.offload_leader = leader
+            group.offload_()
+
+
+def _groups(network: nn.Module) -> list:
+    """The groups of diffusers' group offloading that come with a call of more than the layer that has the weights."""
+    registries = [m._diffusers_hook for m in network.modules() if hasattr(m, "_diffusers_hook")]
+    hooks = filter(None, (registry.get_hook("group_offloading") for registry in registries))
+    groups = {id(hook.group): hook.group for hook in hooks}.values()
+    layer_alone = lambda g: g.modules == [g.offload_leader] and not any(g.offload_leader.children())  # noqa: E731
+    return [group for group in groups if not layer_alone(group)]
 
 
 def _floats(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -224,21 +303,19 @@ def _is_hooked(network: nn.Module) -> bool:
     return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in network.modules())
 
 
+def _is_recast(network: nn.Module) -> bool:
+    """Whether diffusers' own hooks (group offloading, layerwise casting) put weights of their precision there."""
+    return any(hasattr(m, "_diffusers_hook") for m in network.modules())
+
+
 def is_checkpointed(network: nn.Module) -> bool:
     """Whether a backward pass runs parts of the network again."""
     return getattr(network, "is_gradient_checkpointing", False)
 
 
 def can_checkpoint(network: nn.Module) -> bool:
-    """Whether a backward pass may run parts of the network again.
-
-    Not where diffusers offloads it block by block: the parts are inside blocks, whose weights are away by then.
-    """
-    registries = (getattr(module, "_diffusers_hook", None) for module in network.modules())
-    hooks = [registry.get_hook("group_offloading") for registry in registries if registry is not None]
-    parts = [part for hook in hooks if hook is not None for part in hook.group.modules]
-    blocks = any(next(part.children(), None) is not None for part in parts)
-    return getattr(network, "_supports_gradient_checkpointing", False) and not blocks
+    """Whether a backward pass may run parts of the network again."""
+    return getattr(network, "_supports_gradient_checkpointing", False)
 
 
 def device_of(network: nn.Module, x: Tensor) -> torch.device:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from diffusers import AsymmetricAutoencoderKL
+from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 
 from ...guidance import pushed
@@ -10,22 +14,37 @@ from .network import Autoencoded
 from .precision import cast
 from .unet import UNetPrior
 
+_ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # of a UNet, of a transformer
+
 
 class GuidedPrior(Autoencoded):
-    """For a `NetworkPrior` of an `AutoencoderKL`'s latents that is conditioned on a prompt.
+    """For a `NetworkPrior` of a VAE's latents (`AutoencoderKL`, `AutoencoderTiny`) that is conditioned on a prompt.
 
     The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
     scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
 
+    A LoRA's ``scale`` among the attention's arguments of `condition` acts on the network's layers within `with`.
+
     Attributes:
         condition, negative, guidance_scale, inpainting: as they came, and free to be changed.
-        guide: None without guidance.
+        told: what an `AsymmetricAutoencoderKL` decodes with beside the latents: image (B, 3, H, W) in [-1, 1] and mask
+            (B, 1, H, W), 1 = painted. Empty: it draws everything.
     """
 
     def _hold(self, vae: nn.Module, condition: dict, negative: dict | None, guidance_scale: float, inpainting) -> None:
         self.vae, self.condition, self.negative = vae, condition, negative
-        self.guidance_scale, self.inpainting = guidance_scale, inpainting
-        self.guide = None if negative is None else self._guide
+        self.guidance_scale, self.inpainting, self.told = guidance_scale, inpainting, {}
+
+    def __enter__(self):
+        super().__enter__()
+        for given in filter(None, map(self.condition.get, _ATTENTION)):
+            self._guard.scale_lora(self._network, given.get("scale", 1.0))
+        return self
+
+    @property
+    def guide(self) -> Callable[[Tensor, Tensor, float, float], Tensor] | None:
+        """What guidance makes of a level's estimate, see `_guide`; None without a negative prompt, or at w <= 1."""
+        return None if self.negative is None or self.guidance_scale <= 1 else self._guide
 
     def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
         """The next state's estimate: z0_hat, pushed by ``(w - 1) (z0_hat - D(x_t; negative))``, see `pushed`."""
@@ -37,17 +56,26 @@ class GuidedPrior(Autoencoded):
         """The state with what is appended to it, and a condition (None: the prompt), as the denoiser takes them."""
         inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
         placed = self._guard.place(self._network, inputs)
-        return placed, cast(self.condition if condition is None else condition, placed)
+        condition = _without_scale(self.condition if condition is None else condition)
+        return placed, cast(condition, placed)
 
     def _encode(self, image: Tensor, vae: nn.Module) -> Tensor:
-        moments = vae.encode(self._guard.place(vae, 2 * image - 1))
+        encoded = vae.encode(self._guard.place(vae, 2 * image - 1), return_dict=False)[0]
+        latent = encoded if isinstance(encoded, Tensor) else encoded.mode()  # a tiny autoencoder has no distribution
         shift, scale = _normalisation(vae, image)
-        return (moments.latent_dist.mode().to(image) - shift) * scale
+        return (latent.to(image) - shift) * scale
 
     def _decode(self, z: Tensor, vae: nn.Module) -> Tensor:
         shift, scale = _normalisation(vae, z)
         latent = self._guard.place(vae, z / scale + shift)
-        return vae.decode(latent, return_dict=False)[0].to(z) / 2 + 0.5
+        told = cast(self.told, latent) if isinstance(vae, AsymmetricAutoencoderKL) else {}
+        return vae.decode(latent, return_dict=False, **told)[0].to(z) / 2 + 0.5
+
+
+def _without_scale(condition: dict) -> dict:
+    """A condition without the scale of a LoRA. (Where PEFT is missing, diffusers warns of it.)"""
+    given = {name: condition[name] for name in _ATTENTION if condition.get(name)} if USE_PEFT_BACKEND else {}
+    return condition | {name: {k: v for k, v in own.items() if k != "scale"} for name, own in given.items()}
 
 
 def _normalisation(vae: nn.Module, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -67,7 +95,7 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
     Args:
         unet: `UNet2DConditionModel` with as many input channels as latents have, or an inpainting checkpoint's (then
             `inpainting` is appended).
-        vae: `AutoencoderKL`.
+        vae: `AutoencoderKL`, `AutoencoderTiny` or `AsymmetricAutoencoderKL`.
         scheduler: gives `alphas_cumprod` and the prediction type (epsilon, v_prediction, sample).
         condition: keyword arguments of the UNet's call for the prompt: encoder_hidden_states (B, n, d), and others.
         negative: the same for the negative prompt; None for no guidance.
@@ -75,7 +103,6 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
-        guide: None without guidance.
         retries: how often a network was run once more in float32, by network.
     """
 
