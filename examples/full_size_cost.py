@@ -181,7 +181,7 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     levels, inner = PRESETS[preset].split(STEPS)
     drafts = 0 if draft is None else levels - 1
     steps = [
-        (inner * (levels - drafts), _step(found, plan, "")),
+        (inner * (levels - drafts + 1), _step(found, plan, "")),  # the last level takes twice as many
         (inner * drafts, _step(found, draft or plan, ", small")),
     ]
     steps = [(count, cost) for count, cost in steps if count]

@@ -327,6 +327,7 @@ class SolvingMixin:
             measurement=measurement,
             schedule=levels,
             inner_steps=chosen.inner_steps,
+            last_steps=chosen.last_steps,
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,

@@ -76,9 +76,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
           residual weighs (1 - p)^2, and the paste mixes ``(1 - p) original + p result``. Stock binarises.
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
         - `num_inference_steps` is the budget of denoiser evaluations. K inner steps and one estimate for the next state
-          make K + 1 evaluations a level, so there are ``budget // (K + 1)`` levels (a short budget lowers K before it
-          goes below four levels, unless `inner_steps` is given); `num_timesteps`, the progress bar and callbacks count
-          levels. Explicit `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays,
+          make K + 1 evaluations a level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there
+          are ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them.
+          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays,
           but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
@@ -92,7 +92,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             jacobian: "exact" pulls the gradient back through the UNet; "free" saves that backward pass. None: the
                 preset's.
             preset: "fast", "balanced" or "best": half, one and two times the budget (see `vml_ldm.presets.PRESETS`).
-            inner_steps: K, inner steps a level, >= 0. None: the preset's.
+            inner_steps: K, inner steps a level, >= 0. None: the preset's, and twice as many at the last level.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.

@@ -71,8 +71,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
           many images of each y.
         - `height` and `width` are those of the image, not of y.
         - `num_inference_steps` is the budget of denoiser evaluations. VML makes K inner steps and one estimate for the
-          next state at each level, so there are ``budget // (K + 1)`` levels (a short budget lowers K before it goes
-          below four levels, unless `inner_steps` is given). RED-diff makes one evaluation at each level.
+          next state at each level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there are
+          ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
           `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
           and share the budget: K is lowered to what it pays, but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no

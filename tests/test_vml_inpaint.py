@@ -224,11 +224,12 @@ def test_a_start_from_the_measurement_is_nearer_to_it(fresh):
 
 @pytest.mark.parametrize(
     "preset, steps, levels, inner_steps",
-    [("balanced", 50, 5, 9), ("fast", 50, 4, 5), ("best", 50, 5, 19), ("balanced", 20, 4, 4), ("balanced", 4, 2, 1)],
+    [("balanced", 50, 5, 7), ("fast", 50, 4, 4), ("best", 50, 5, 15), ("balanced", 20, 4, 3), ("balanced", 4, 1, 1)],
 )
 def test_the_budget_is_split_by_the_documented_rule(preset, steps, levels, inner_steps):
     assert settings(preset).split(steps) == (levels, inner_steps)
     assert settings(preset, inner_steps=1).split(50)[1] == 1
+    assert levels * (inner_steps + 1) + inner_steps <= max(4, settings(preset).budget * steps)  # the last takes K more
 
 
 def test_padding_mask_crop_solves_the_crop_and_leaves_the_rest(pipe):
@@ -255,11 +256,11 @@ def test_explicit_timesteps_are_the_levels(fresh):
 
 
 @pytest.mark.parametrize(
-    "levels, steps, inner_steps", [(10, 50, 4), (3, 50, 9), (1, 50, 9), (6, 6, 1), (6, 0.5, 1), (3, 12, 3)]
+    "levels, steps, inner_steps", [(10, 50, 3), (3, 50, 7), (1, 50, 7), (6, 6, 1), (6, 0.5, 1), (3, 12, 2)]
 )
 def test_explicit_levels_share_the_budget_by_the_documented_rule(levels, steps, inner_steps):
     assert settings("balanced").inner_steps_of(levels, steps) == inner_steps
-    assert settings("balanced", inner_steps=7).inner_steps_of(levels, steps) == 7
+    assert settings("balanced", inner_steps=9).inner_steps_of(levels, steps) == 9
 
 
 def test_explicit_levels_share_the_budget(fresh):

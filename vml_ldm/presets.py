@@ -20,7 +20,8 @@ class Settings:
     Attributes:
         budget: denoiser evaluations, as a multiple of `num_inference_steps`.
         inner_steps: K, inner steps at each level.
-        fixed: K was asked for by name, and is not lowered for a short budget.
+        fixed: K was asked for by name: it is not lowered for a short budget, and holds at the last level too. Otherwise
+            that level, whose estimate is the answer, takes 2 K.
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
@@ -36,21 +37,26 @@ class Settings:
     use_gradient_vae: bool | None = None
 
     def split(self, num_inference_steps: float) -> tuple[int, int]:
-        """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations.
+        """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
 
         K is the preset's, or less where that would leave fewer than four levels (then at least 1).
         """
-        evaluations = int(self.budget * num_inference_steps)
-        inner = self.inner_steps
-        if not self.fixed:
-            inner = max(1, min(inner, evaluations // _FEWEST_LEVELS - 1))
-        return max(1, evaluations // (inner + 1)), inner
+        inner = self.inner_steps if self.fixed else self._affordable(_FEWEST_LEVELS, num_inference_steps)
+        more = 0 if self.fixed else inner
+        return max(1, (int(self.budget * num_inference_steps) - more) // (inner + 1)), inner
 
     def inner_steps_of(self, levels: int, num_inference_steps: float) -> int:
         """K for so many levels, which are given: the preset's, or as many as the budget pays, then at least 1."""
-        if self.fixed:
-            return self.inner_steps
-        return min(self.inner_steps, max(1, int(self.budget * num_inference_steps) // levels - 1))
+        return self.inner_steps if self.fixed else self._affordable(levels, num_inference_steps)
+
+    @property
+    def last_steps(self) -> int:
+        """Inner steps at the last level."""
+        return self.inner_steps if self.fixed else 2 * self.inner_steps
+
+    def _affordable(self, levels: int, num_inference_steps: float) -> int:
+        """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
+        return min(self.inner_steps, max(1, (int(self.budget * num_inference_steps) - levels) // (levels + 1)))
 
 
 def pick_levels(noise: Sequence[float], count: int) -> list[int]:
@@ -67,11 +73,12 @@ def pick_levels(noise: Sequence[float], count: int) -> list[int]:
     return sorted({max(0, round((i + 1) * found / count) - 1) for i in range(count)})
 
 
-# Chosen on the validation images: few levels with many inner steps beat many levels with few.
+# Chosen on validation images: few levels with many inner steps beat many levels with few, and steps at the last level,
+# which y alone can still correct, beat steps before it.
 PRESETS = {
-    "fast": Settings(budget=0.5, inner_steps=5),
-    "balanced": Settings(budget=1.0, inner_steps=9),
-    "best": Settings(budget=2.0, inner_steps=19),
+    "fast": Settings(budget=0.5, inner_steps=4),
+    "balanced": Settings(budget=1.0, inner_steps=7),
+    "best": Settings(budget=2.0, inner_steps=15),
 }
 
 

@@ -69,6 +69,7 @@ class Task:
             measurement=measured.measurement,
             schedule=levels,
             inner_steps=self.chosen.inner_steps,
+            last_steps=self.chosen.last_steps,
             jacobian=self.chosen.jacobian,
             stop_at=self.chosen.stop_at,
             generator=generator,
