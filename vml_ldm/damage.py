@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 
 from torch import Tensor
@@ -22,6 +23,7 @@ class Damage:
         factor: sides of the image over those of y.
         channels: of y, 1 or 3.
         scales: y may be scaled before it is solved. False: the damage is tied to the pixels where it was done.
+        colours: it is done to pictures of three channels only.
 
     Raises:
         ValueError: a parameter that the operator refuses.
@@ -31,6 +33,7 @@ class Damage:
     factor: int = 1
     channels: int = 3
     scales: bool = True
+    colours: bool = False
 
     def __post_init__(self):
         self.make(1.0)
@@ -58,12 +61,12 @@ def convolved(*, kernel: Tensor) -> Damage:
 
 def compressed(*, quality: int = 10) -> Damage:
     """JPEG compression."""
-    return Damage(lambda scale: JPEG(quality), scales=False)
+    return Damage(lambda scale: JPEG(quality), scales=False, colours=True)
 
 
 def discoloured() -> Damage:
     """No colours."""
-    return Damage(lambda scale: Grayscale(), channels=1)
+    return Damage(lambda scale: Grayscale(), channels=1, colours=True)
 
 
 def clipped(*, contrast: float = 2.0) -> Damage:
@@ -77,12 +80,23 @@ def masked(known: Tensor) -> Damage:
 
 
 def chained(*damages: Damage) -> Damage:
-    """One after another, in the order in which the picture met them."""
+    """One after another, in the order in which the picture met them.
+
+    Raises:
+        ValueError: one that takes colours comes after they are lost.
+    """
+    for before, after in pairwise(damages):
+        if before.channels == 1 and after.colours:
+            raise ValueError(
+                "a damage to a picture's three channels (JPEG, Grayscale) comes after its colours were lost; expected "
+                "colours. Lose them last: JPEG, then Grayscale, is nearly the same."
+            )
     return Damage(
         lambda scale: Compose(*(damage.make(scale) for damage in damages)),
         factor=prod(damage.factor for damage in damages),
         channels=min(damage.channels for damage in damages),
         scales=all(damage.scales for damage in damages),
+        colours=any(damage.colours for damage in damages),
     )
 
 
