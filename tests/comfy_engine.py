@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -21,7 +22,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
+_NAMED = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
+PYTHON = os.path.abspath(shutil.which(_NAMED) or _NAMED)  # the engine runs in a folder of its own
 _STARTS, _ENDS = 120, 240  # seconds to wait for
 _INSIDE = """
 from importlib.util import find_spec

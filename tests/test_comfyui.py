@@ -564,7 +564,7 @@ def test_a_controlnet_is_loaded_beside_the_model_and_seen(engine) -> None:
 @pytest.mark.parametrize("kind", ["bundled", "own loader"])
 def test_lora_counts_from_the_run_that_has_it(engine, kind: str) -> None:
     """Runs without, without, with and without a LoRA, none from the cache: all but the third agree."""
-    base = graph("VMLInpaint", image=["again", 0], steps=4, scheduler="simple")
+    base = graph("VMLInpaint", image=["again", 0], steps=8, scheduler="simple")
     base["again"] = call("Again", image=["2", 0], run=0)
     if kind == "own loader":
         base |= own_unet(engine, 4) | {"text": call("ZeroText", width=768)}
