@@ -571,7 +571,7 @@ def test_lora_counts_from_the_run_that_has_it(engine, kind: str) -> None:
         base["3"]["inputs"] |= {"positive": ["text", 0], "negative": ["text", 0], "cfg": 1.0}
     name = lora(engine, 4 if kind == "own loader" else None)
     source = ["model", 0] if kind == "own loader" else ["1", 0]
-    base["lora"] = call("LoraLoaderModelOnly", model=source, lora_name=name, strength_model=1.0)
+    base["lora"] = call("LoraLoaderModelOnly", model=source, lora_name=name, strength_model=4.0)
 
     def solved(run: int, model: list) -> np.ndarray:
         prompt = json.loads(json.dumps(base))
