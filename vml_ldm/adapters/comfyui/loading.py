@@ -95,8 +95,6 @@ def prepare(guider: CFGGuider, x: Tensor, vaes: list) -> None:
     thaw(patcher.model for patcher in patchers)
     for conditions in guider.conds.values():
         for condition in conditions:
-            for name, value in condition.items():
-                condition[name] = own(value)
             for value in condition["model_conds"].values():
                 if hasattr(value, "cond"):
                     several = isinstance(value.cond, list)
