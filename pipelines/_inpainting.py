@@ -117,6 +117,7 @@ class InpaintingMixin:
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
+        about |= {"last_steps": chosen.last_steps}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, solution, paste, dtype), report
 

@@ -57,7 +57,7 @@ class RestoringMixin:
                 latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
                 solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
-        about |= {"levels": self.num_timesteps, "solver": _name(a.solver)}
+        about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report

@@ -78,8 +78,8 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         - `num_inference_steps` is the budget of denoiser evaluations. K inner steps and one estimate for the next state
           make K + 1 evaluations a level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there
           are ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them.
-          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays,
-          but not below 1.
+          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
+          and share the budget: K is lowered to what it pays, but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
         - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.

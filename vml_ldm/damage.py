@@ -151,7 +151,10 @@ def chained(*damages: Damage) -> Damage:
     """
     for before, after in pairwise(damages):
         if before.channels == 1 and after.colours:
-            raise ValueError("a damage that takes colours comes after one that leaves none; expected it before.")
+            raise ValueError(
+                "a damage to a picture's three channels (JPEG, Grayscale) comes after its colours were lost; expected "
+                "colours. Lose them last: JPEG, then Grayscale, is nearly the same."
+            )
 
     def build(scale: float, size: Size | None) -> Operator:
         operators = []
@@ -174,7 +177,7 @@ def _joined(first: Damage, then: Damage, build: Callable[[float, Size | None], O
         margins=tuple(m + n for m, n in zip(grown, first.margins, strict=True)),
         channels=min(first.channels, then.channels),
         scales=first.scales and then.scales and not (any(then.margins) and resized),
-        colours=first.colours,
+        colours=first.colours or then.colours,
     )
 
 

@@ -114,6 +114,7 @@ def tell(
     jacobian: str,
     preset: str,
     solver: str = "vml",
+    last_steps: int | None = None,
     memory: dict | None = None,
 ) -> Report:
     """The report of a solve; `retries` are the prior's, all else as `Report` has it."""
@@ -127,6 +128,7 @@ def tell(
         jacobian=jacobian,
         preset=preset,
         solver=solver,
+        last_steps=last_steps,
         trace=solution.trace,
         retries=dict(retries),
         calls=dict(solution.calls),

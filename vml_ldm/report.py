@@ -17,7 +17,7 @@ class Report:
         vae_error: rms of what the VAE's own round trip, Dec(Enc(.)), changes in the measurement of an image.
         effective_sigma_y: the sigma_y that VML takes, sqrt(sigma_y^2 + (vae_error / 2)^2); RED-diff has none.
         residual: rms of y - A(image), before any paste.
-        levels, inner_steps: noise levels, and inner steps at each of them at the most.
+        levels, inner_steps, last_steps: noise levels, and inner steps at each of them and at the last at the most.
         jacobian, preset: which form, which preset.
         solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
             the caller's own.
@@ -40,6 +40,7 @@ class Report:
     jacobian: str
     preset: str
     solver: str = "vml"
+    last_steps: int | None = None
     trace: list[dict] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -121,7 +122,8 @@ class Report:
             return "one step each"
         if self.solver != "vml":
             return "steps of its own"
-        return f"up to {self.inner_steps} inner steps each, Jacobian {self.jacobian}"
+        last = "" if self.last_steps in (None, self.inner_steps) else f", {self.last_steps} at the last"
+        return f"up to {self.inner_steps} inner steps each{last}, Jacobian {self.jacobian}"
 
 
 def memory_text(memory: dict) -> str:

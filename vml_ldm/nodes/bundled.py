@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 
-from ..adapters.comfyui.bundled import encode_prompts, load_model, load_vaes
+from ..adapters.comfyui.bundled import check_installed, encode_prompts, load_model, load_vaes
 from ..assets import example_images
 from ..images import from_pil, read_image
 
@@ -23,20 +23,21 @@ class VMLLoadBundled(io.ComfyNode):
             category=CATEGORY,
             description="The small checkpoint that ships with vml-ldm: emoji of 128 x 128 pixels. Needs no download.",
             inputs=[
-                io.String.Input("prompt", default="", multiline=True),
-                io.String.Input("negative_prompt", default="", multiline=True),
+                io.String.Input("prompt", default="", multiline=True, tooltip="A few words, such as owl."),
+                io.String.Input("negative_prompt", default="", multiline=True, tooltip="What it should not be."),
             ],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Vae.Output(display_name="vae"),
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
-                io.Vae.Output(display_name="gradient_vae", tooltip="A small decoder for the gradients."),
+                io.Model.Output(display_name="model", tooltip="Its UNet."),
+                io.Vae.Output(display_name="vae", tooltip="Its VAE."),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt."),
+                io.Vae.Output(display_name="gradient_vae", tooltip="A small decoder, for all levels but the last."),
             ],
         )
 
     @classmethod
     def execute(cls, prompt: str, negative_prompt: str) -> io.NodeOutput:
+        check_installed()
         vae, small = load_vaes()
         return io.NodeOutput(load_model(), vae, *encode_prompts(prompt, negative_prompt), small)
 
@@ -50,13 +51,20 @@ class VMLLoadExample(io.ComfyNode):
             category=CATEGORY,
             description="A picture that the bundled checkpoint was not trained on, and a mask over its middle.",
             inputs=[
-                io.Combo.Input("picture", options=list(_pictures())),
-                io.Float.Input("hole", default=0.5, min=0.0, max=1.0, step=0.05, tooltip="Side of the mask's square."),
+                io.Combo.Input("picture", options=list(_pictures()), tooltip="By its name, which is its prompt."),
+                io.Float.Input(
+                    "hole",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Side of the mask's square over the picture's.",
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="image"),
-                io.Mask.Output(display_name="mask"),
-                io.String.Output(display_name="prompt"),
+                io.Image.Output(display_name="image", tooltip=f"{_SIZE} x {_SIZE} pixels."),
+                io.Mask.Output(display_name="mask", tooltip="1, repaint, in a square in the middle."),
+                io.String.Output(display_name="prompt", tooltip="The picture's name."),
             ],
         )
 

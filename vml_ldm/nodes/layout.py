@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
-from ..operators import Measurement, Operator, own
+from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
 
 
 @contextmanager
@@ -93,11 +93,12 @@ class Seen:
 
     def __init__(self, image: Tensor, damage: Damage, stride: int):
         pixels = to_pixels(image)
-        y = pixels if damage.channels == 3 else pixels.mean(1, keepdim=True)
+        y = pixels if damage.channels == 3 else Grayscale()(pixels)
         size = tuple(y.shape[2:])
         full = damage.image_size(size)
         window = Window(size, size, size, full, _whole(full, stride))
         operator = damage.make(1.0, full)
+        _check_masks(operator, torch.zeros(len(y), 3, *full))
         self.operator: Operator = window.see(operator)
         self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
         Measurement(self.operator, self.y, 1.0).check(self.canvas)
@@ -109,6 +110,24 @@ class Seen:
     def take_back(self, canvas: Tensor) -> Tensor:
         """The measured part of the solver's image."""
         return self._window.take_back(canvas)
+
+    def text(self) -> str:
+        """One line about the sizes."""
+        return self._window.text()
+
+
+def _check_masks(operator: Operator, picture: Tensor) -> Tensor:
+    """What the operator makes of a picture; raise ValueError for a mask of another size than what it masks."""
+    if isinstance(operator, Compose):
+        for part in operator.operators:
+            picture = _check_masks(part, picture)
+        return picture
+    if isinstance(operator, Mask) and operator.mask.shape[2:] != picture.shape[2:]:
+        raise ValueError(
+            f"the mask of VML Operator Mask has {_by(operator.mask)} pixels and the picture that it masks "
+            f"{_by(picture)}; expected the same. Resize the mask."
+        )
+    return operator(picture)
 
 
 def _whole(size: tuple[int, int], stride: int) -> tuple[int, int]:

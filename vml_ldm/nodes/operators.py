@@ -34,7 +34,11 @@ class _OperatorNode(io.ComfyNode):
             category=CATEGORY,
             description=cls.about,
             inputs=cls.inputs(),
-            outputs=[OPERATOR.Output(display_name="operator")],
+            outputs=[
+                OPERATOR.Output(
+                    display_name="operator", tooltip="For VML Restore, VML Sampler or VML Operator Compose."
+                )
+            ],
         )
 
     @classmethod
@@ -48,7 +52,7 @@ class VMLOperatorMask(_OperatorNode):
 
     @classmethod
     def inputs(cls) -> list:
-        return [io.Mask.Input("mask", tooltip="1 = missing, as for inpainting. Of the picture's size.")]
+        return [io.Mask.Input("mask", tooltip="1 = missing, as for inpainting. Of the picture's width and height.")]
 
     @classmethod
     def make(cls, mask: Tensor) -> Damage:
@@ -112,7 +116,7 @@ class VMLOperatorJPEG(_OperatorNode):
 
 
 class VMLOperatorGrayscale(_OperatorNode):
-    name, about = "Grayscale", "The picture has no colours."
+    name, about = "Grayscale", "The picture has no colours: its luma is what is known."
 
     @classmethod
     def make(cls) -> Damage:
@@ -124,7 +128,10 @@ class VMLOperatorCompose(_OperatorNode):
 
     @classmethod
     def inputs(cls) -> list:
-        return [OPERATOR.Input("first"), OPERATOR.Input("then")]
+        return [
+            OPERATOR.Input("first", tooltip="What happened first."),
+            OPERATOR.Input("then", tooltip="What happened to the result. JPEG does not come after Grayscale."),
+        ]
 
     @classmethod
     def make(cls, first: Damage, then: Damage) -> Damage:

@@ -5,11 +5,11 @@ conditioning prepared. Nothing of ComfyUI is replaced.
 """
 
 from ...objective import NonFiniteError
+from .loading import check_match, check_vaes
 from .prior import ComfyPrior
 from .running import (
     SCHEDULERS,
     Sampling,
-    check_match,
     latent_size,
     levels_of,
     make_sampler,
@@ -24,6 +24,7 @@ __all__ = [
     "NonFiniteError",
     "Sampling",
     "check_match",
+    "check_vaes",
     "latent_size",
     "levels_of",
     "make_sampler",

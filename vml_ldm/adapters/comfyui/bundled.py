@@ -7,6 +7,8 @@ patchers: LoRAs, previews, offloading and samplers work on them; ControlNets do 
 from __future__ import annotations
 
 import math
+import sys
+from importlib.util import find_spec
 
 import comfy.model_management as management
 import torch
@@ -21,6 +23,16 @@ from torch import Tensor, nn
 from ...assets import bundled_model
 
 _TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
+
+
+def check_installed() -> None:
+    """Raises ModuleNotFoundError without the packages that the bundled checkpoint's networks come from."""
+    missing = [name for name in ("diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"the bundled checkpoint needs {' and '.join(missing)}, which ComfyUI's Python does not have. Install "
+            f"there: {sys.executable} -m pip install {' '.join(missing)}"
+        )
 
 
 def load_model() -> ModelPatcher:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.samplers import CFGGuider
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ...guidance import pushed
 from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
@@ -36,7 +38,7 @@ class ComfyPrior:
 
     def __init__(self, model: Callable, extra_args: dict, vae, device: torch.device):
         self._model, self._extra_args, self._decoder, self._vae = model, extra_args, vae, vae
-        self._guider, self.device, self.retries = model.inner_model, device, Counter()
+        self._guider, self.device, self.retries, self._copies = model.inner_model, device, Counter(), False
         self._space = self._guider.inner_model
         self.model_sampling = self._space.model_sampling
         plain = type(self._guider).predict_noise is CFGGuider.predict_noise
@@ -48,8 +50,23 @@ class ComfyPrior:
         return _finite("the model", self._conditional(x_t, alpha, sigma))
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
-        """z0_hat and ``b -> J^T b``."""
-        return _pullback("the model", lambda x: self._conditional(x, alpha, sigma), x_t)
+        """z0_hat and ``b -> J^T b``.
+
+        Some models (Flux, any with a ControlNet) change in place what their graph has saved. That shows when the
+        product is taken; the pass is then repeated, and later ones made at once, with a graph that saves copies.
+        """
+        z0_hat, pull = self._passed(x_t, alpha, sigma)
+
+        def pulled(b: Tensor) -> Tensor:
+            try:
+                return pull(b)
+            except RuntimeError as error:
+                if self._copies or "inplace operation" not in str(error):
+                    raise
+            self._copies = True
+            return self._passed(x_t, alpha, sigma)[1](b)
+
+        return z0_hat, pulled
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled as the model expects it, float32."""
@@ -86,6 +103,12 @@ class ComfyPrior:
             return self._estimate(x_t, alpha, sigma)
         finally:
             self._guider.cfg = scale
+
+    def _passed(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
+        weights = {weight.data_ptr() for weight in self._space.parameters()} if self._copies else set()
+        pack = lambda saved: saved if saved.data_ptr() in weights else saved.detach().clone()  # noqa: E731
+        with saved_tensors_hooks(pack, lambda kept: kept) if self._copies else nullcontext():
+            return _pullback("the model", lambda x: self._conditional(x, alpha, sigma), x_t)
 
     def _estimate(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         throw_exception_if_processing_interrupted()

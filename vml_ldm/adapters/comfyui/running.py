@@ -1,4 +1,4 @@
-"""A solver's work inside ComfyUI's sampling: loading, weights that autograd may save, levels, progress."""
+"""A solver's work inside ComfyUI's sampling: levels, progress, and what an inpainting MODEL is given."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import latent_preview
 import torch
-from comfy.model_management import load_models_gpu
 from comfy.samplers import KSAMPLER, SCHEDULER_NAMES, CFGGuider, calculate_sigmas
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...operators import own
 from ...solve import Level, Levels
+from .loading import differentiable, prepare
 from .prior import ComfyPrior, is_flow
 
-SCHEDULERS = tuple(SCHEDULER_NAMES)
-_GRAPH = 6  # times the memory of a decoder's pass that its pass with a gradient takes; of the model's, more
+AUTO = "auto"  # the scheduler that suits the kind of MODEL
+SCHEDULERS = (AUTO, *SCHEDULER_NAMES)
 
 
 @dataclass
@@ -52,6 +52,9 @@ Work = Callable[[Sampling], Tensor]
 def make_sampler(work: Work, vae, gradient_vae=None) -> KSAMPLER:
     """A SAMPLER that does the work of a solver.
 
+    A noise mask of the LATENT is not used: the measurement says what is known, and ComfyUI's blending of latents would
+    hide the rest of the state from the solver. (ComfyUI has given it to an inpainting MODEL by then.)
+
     Args:
         work: takes a `Sampling`, gives the clean latent (B, c, h, w) in the model's scaling.
         vae: the MODEL's VAE.
@@ -59,10 +62,10 @@ def make_sampler(work: Work, vae, gradient_vae=None) -> KSAMPLER:
     """
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        with differentiable():
             guider, vaes = model.inner_model, [v for v in (vae, gradient_vae) if v is not None]
-            _prepare(guider, x, vaes)
-            prior = ComfyPrior(model, extra_args or {}, vae, x.device)
+            prepare(guider, x, vaes)
+            prior = ComfyPrior(model, (extra_args or {}) | {"denoise_mask": None}, vae, x.device)
 
             def tell(level: Level) -> None:
                 if callback is not None:
@@ -98,8 +101,11 @@ def run(
 
 
 def sigmas_of(model, scheduler: str, count: int) -> Tensor:
-    """(L + 1,): the noise of `count` levels of one of ComfyUI's schedulers, and 0."""
-    return calculate_sigmas(model.get_model_object("model_sampling"), scheduler, count).cpu()
+    """(L + 1,): the noise of `count` levels of one of `SCHEDULERS`, and 0."""
+    model_sampling = model.get_model_object("model_sampling")
+    if scheduler == AUTO:
+        scheduler = "simple" if is_flow(model_sampling) else "ddim_uniform"
+    return calculate_sigmas(model_sampling, scheduler, count).cpu()
 
 
 def levels_of(model_sampling, sigmas: Tensor, renoise: float = 1.0) -> Levels:
@@ -118,29 +124,6 @@ def levels_of(model_sampling, sigmas: Tensor, renoise: float = 1.0) -> Levels:
     return Levels([(1 - min(s, 1.0), min(s, 1.0)) if flow else (1.0, s) for s in values[:-1]], renoise)
 
 
-def check_match(model, vae, gradient_vae=None) -> None:
-    """Refuse networks that do not go together.
-
-    Raises:
-        ValueError: a MODEL that is not of still images, or a VAE of other latents.
-    """
-    latents = model.model.latent_format
-    if latents.latent_dimensions != 2:
-        raise ValueError(
-            f"the MODEL's latents have {latents.latent_dimensions} dimensions; expected 2: a model of still images."
-        )
-    channels, pixels = latents.latent_channels, vae.spacial_compression_decode()
-    for name, each in (("VAE", vae), ("gradient_vae", gradient_vae)):
-        if each is None:
-            continue
-        found = (each.latent_channels, each.spacial_compression_decode())
-        if found != (channels, pixels):
-            raise ValueError(
-                f"the {name} has {found[0]} latent channels and {found[1]} pixels for each latent; expected {channels} "
-                f"and {pixels}, those of the MODEL's own VAE. Take the VAE that belongs to the MODEL."
-            )
-
-
 def with_masked_image(model, vae, conditionings: Iterable[list], image: Tensor, known: Tensor) -> list[list]:
     """CONDITIONING as an inpainting MODEL takes it, with the mask and the known part of the image; others as it is.
 
@@ -150,7 +133,7 @@ def with_masked_image(model, vae, conditionings: Iterable[list], image: Tensor, 
         image: (B, 3, H, W) in [0, 1].
         known: (B, 1, H, W), 1 = known.
     """
-    if not getattr(model.model, "concat_keys", ()):
+    if not _takes_mask(model.model):
         return list(conditionings)
     painted = (known < 0.5).to(image)
     seen = image * (1 - painted) + 0.5 * painted
@@ -164,34 +147,10 @@ def latent_size(vae, size: tuple[int, int]) -> tuple[int, int, int]:
     return vae.latent_channels, size[0] // stride, size[1] // stride
 
 
-def _prepare(guider: CFGGuider, x: Tensor, vaes: list) -> None:
-    """Load the VAEs beside the model, and free all that the gradient passes through of inference mode."""
-    needed = _GRAPH * (
-        guider.inner_model.memory_required(list(x.shape))
-        + max(vae.memory_used_decode(x.shape, vae.vae_dtype) for vae in vaes)
-    )
-    load_models_gpu([guider.model_patcher, *(vae.patcher for vae in vaes)], memory_required=needed)
-    more = (getattr(patcher, "model", None) for patcher in getattr(guider, "loaded_models", ()))  # control networks
-    thaw([guider.inner_model, *(vae.first_stage_model for vae in vaes), *more])
-    for conditions in guider.conds.values():
-        for condition in conditions:
-            for value in condition["model_conds"].values():
-                if hasattr(value, "cond"):
-                    value.cond = own(value.cond)
+def _takes_mask(model) -> bool:
+    """Whether a model sees a latent image and a mask beside the latent: it then has more channels than two latents.
 
-
-def thaw(networks: Iterable) -> None:
-    """Make weights and buffers that were created in inference mode ordinary tensors without gradients, one by one.
-
-    ComfyUI creates them so whenever it loads, patches or moves weights, so this is repeated in every run. A clone takes
-    its tensor's place, so nothing is held twice.
+    (Of ComfyUI's models Stable Diffusion's say so in `concat_keys`; Flux Fill does not.)
     """
-    for network in networks:
-        for module in network.modules() if isinstance(network, nn.Module) else ():
-            for name, weight in module._parameters.items():
-                if weight is not None and weight.is_inference():
-                    module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-                elif weight is not None:
-                    weight.requires_grad_(False)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = own(buffer)
+    channels = model.model_config.unet_config.get("in_channels", 0)
+    return bool(getattr(model, "concat_keys", ())) or channels > 2 * model.latent_format.latent_channels
