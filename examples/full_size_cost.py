@@ -2,6 +2,7 @@
 
     python examples/full_size_cost.py               # Stable Diffusion 1.5 at 512 x 512: about 12 GB of memory, float32
     python examples/full_size_cost.py --small       # narrow networks at 64 x 64, to see that it runs
+    python examples/full_size_cost.py --rows docs/cost/full_size.jsonl      # the table again, of what was measured
 
 The networks have Stable Diffusion 1.5's configuration and random weights: neither time nor memory depends on values.
 Each measurement is a process of its own. Its peak is that of the process (on a GPU, of its tensors) above what it held
@@ -39,6 +40,7 @@ PLANS = {
     "low": Plan(checkpointed=2, denoiser_again=True),
     "half tiles": Plan(checkpointed=1, denoiser_again=True, decoder_again=True, tiles=2),
 }
+SMALL = "too"  # the last level draws with the small decoder too; the VAE draws the answer
 FREE = "Jacobian-free"  # not measured: a forward pass of the UNet, and the decoder as "low" has it
 FORWARD = ("UNet", "UNet, batch of 2", "encode", "decode", "decode, small")
 WITH_VJP = ("UNet with VJP", "decode with VJP", "decode with VJP, small")
@@ -57,6 +59,9 @@ WHOLE = [  # plans of the levels that draw with the VAE, and of those with the s
     ("low", "checkpointed"),
     ("half tiles", "checkpointed"),
     (FREE, FREE),
+    (SMALL, "one graph"),
+    (SMALL, "checkpointed"),
+    (SMALL, FREE),
 ]
 
 
@@ -179,12 +184,10 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
         plan, draft: of the last level and of the others, which draw with the small decoder; None: all levels are alike.
     """
     levels, inner = PRESETS[preset].split(STEPS)
-    drafts = 0 if draft is None else levels - 1
-    steps = [
-        (inner * (levels - drafts + 1), _step(found, plan, "")),  # the last level takes twice as many
-        (inner * drafts, _step(found, draft or plan, ", small")),
-    ]
-    steps = [(count, cost) for count, cost in steps if count]
+    first, last = inner * (levels - 1), 2 * inner  # inner steps
+    drafts = 0 if draft is None else first + last * (plan == SMALL)
+    steps = [(first + last - drafts, plan, ""), (drafts, draft, ", small")]
+    steps = [(count, _step(found, chosen, decoder)) for count, chosen, decoder in steps if count]
     ends = [
         (1, _of(found, "encode", plan)),
         (2, _of(found, "decode", plan)),
@@ -243,15 +246,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--plan", default="one graph", choices=PLANS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help="a file of measurements: what it has is not measured again")
     a = parser.parse_args()
     if a.measure:
         print(json.dumps(measure(a.measure, a.plan, a.small, a.device)))
         return
     options = ["--device", a.device, *["--small"] * a.small]
-    found = {}
+    lines = a.rows.read_text().splitlines() if a.rows and a.rows.exists() else []
+    found = {(row["call"], row["plan"]): row for row in map(json.loads, lines)}
     print(f"{'call':26}{'plan':16}{'seconds':>10}{'peak above weights':>22}{'predicted':>14}", flush=True)
     for call, plan in MEASUREMENTS:
-        found[call, plan] = row = measure_apart(call, plan, options)
+        if (call, plan) not in found:
+            found[call, plan] = {"call": call, "plan": plan, **measure_apart(call, plan, options)}
+            if a.rows:
+                with a.rows.open("a") as file:
+                    print(json.dumps(found[call, plan]), file=file)
+        row = found[call, plan]
         predicted = "" if row["predicted"] is None else in_units(row["predicted"])
         print(f"{call:26}{plan:16}{row['seconds']:10.3f}{in_units(row['peak']):>22}{predicted:>14}", flush=True)
     tell_whole(found)

@@ -55,7 +55,7 @@ from vml_ldm.adapters.diffusers import (
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
-from vml_ldm.presets import Settings
+from vml_ldm.presets import THROUGHOUT, Settings
 from vml_ldm.report import Report, memory_text
 from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
 
@@ -186,7 +186,7 @@ class SolvingMixin:
         if self.gradient_vae is None:
             if a.use_gradient_vae:
                 raise ValueError(
-                    "use_gradient_vae=True came without a `gradient_vae`; expected one, for example "
+                    f"use_gradient_vae={a.use_gradient_vae!r} came without a `gradient_vae`; expected one, for example "
                     "from_pretrained(..., gradient_vae=AutoencoderTiny.from_pretrained('madebyollin/taesd'))."
                 )
             return
@@ -279,12 +279,14 @@ class SolvingMixin:
         """
         shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
         decoder = chosen.inner_steps > 0
-        through = {"denoiser": decoder and chosen.jacobian == "exact", "decoder": decoder}
+        denoiser = decoder and chosen.jacobian == "exact"
         draft = self.gradient_vae if self._is_drafting(a, chosen) else None
+        draft_last = chosen.use_gradient_vae == THROUGHOUT
 
         @cache
         def footprints() -> Footprints:  # where something is to be predicted
             held = graph_bytes(operator, image) if decoder else 0
+            through = {"denoiser": denoiser, "decoder": decoder, "draft_last": draft_last}
             return Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
 
         free = free_bytes(self._execution_device) if self.free_memory is None else self.free_memory
@@ -292,6 +294,7 @@ class SolvingMixin:
 
         def pick(vae: nn.Module, taken: int = 0) -> Chosen:
             drafting, tile = vae is draft, getattr(vae, "tile_latent_min_size", None)
+            through = {"denoiser": denoiser, "decoder": decoder and (drafting or not draft_last)}
             ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None, small=drafting)
             return choose(a.memory, ladder, lambda plan: footprints().need(plan, drafting), free, latents, taken)
 
@@ -305,7 +308,7 @@ class SolvingMixin:
         """Whether levels draw with the small decoder."""
         if getattr(a, "solver", "vml") != "vml":
             return False
-        return self.gradient_vae is not None if chosen.use_gradient_vae is None else chosen.use_gradient_vae
+        return self.gradient_vae is not None if chosen.use_gradient_vae is None else bool(chosen.use_gradient_vae)
 
     def _noise(self, a: SimpleNamespace, like: Tensor) -> Tensor:
         """x_T (B, c, h, w) float32 of noise alone, in the scaling of the scheduler's first level."""
@@ -332,6 +335,7 @@ class SolvingMixin:
             stop_at=chosen.stop_at,
             generator=a.generator,
             draft=prior.drafting(self._draft(prior.prior)) if self._is_drafting(a, chosen) else None,
+            draft_last=chosen.use_gradient_vae == THROUGHOUT,
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:

@@ -61,7 +61,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
-        use_gradient_vae: bool | None = None,
+        use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
         paste: bool = True,
         return_report: bool = False,
@@ -97,7 +97,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
             use_gradient_vae: draw with `gradient_vae`, a small decoder of the same latents (an `AutoencoderTiny`; the
-                bundled checkpoint has one), at all levels but the last. None: if there is one.
+                bundled checkpoint has one), at all levels but the last. None: if there is one. "throughout": at the
+                last level too, so that the VAE itself only draws the answer: much cheaper, and as true to the known
+                pixels as the small decoder is.
             memory: how graphs are kept. "fast": all at once. "low": as little as keeps steps exact; what is larger
                 than the VAE's own tile is drawn in such tiles, as after `vae.enable_tiling()`. "auto": the fastest way
                 that fits the free memory. Or a budget in bytes above the networks' weights, a number or "4GiB": the

@@ -74,7 +74,7 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
-        use_gradient_vae: bool | None = None,
+        use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
         paste: bool = True,
         return_report: bool = False,

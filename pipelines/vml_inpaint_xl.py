@@ -74,7 +74,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         inner_steps: int | None = None,
         renoise: float | None = None,
         start: str = "noise",
-        use_gradient_vae: bool | None = None,
+        use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
         paste: bool = True,
         return_report: bool = False,

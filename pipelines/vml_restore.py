@@ -56,7 +56,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         jacobian: str | None = None,
         inner_steps: int | None = None,
         renoise: float | None = None,
-        use_gradient_vae: bool | None = None,
+        use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,

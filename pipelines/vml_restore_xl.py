@@ -68,7 +68,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         jacobian: str | None = None,
         inner_steps: int | None = None,
         renoise: float | None = None,
-        use_gradient_vae: bool | None = None,
+        use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,

@@ -492,7 +492,7 @@ def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> N
     for each in (clean, noisy):
         each.rows["vml-free"] = each.rows["vml"]  # another form of the first is no rival
     (line,) = verdicts([clean, noisy]).splitlines()
-    assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0. ")
+    assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0 (behind). ")
 
 
 def test_verdicts_say_in_what_the_first_is_behind() -> None:

@@ -44,6 +44,23 @@ def test_it_draws_at_all_levels_but_the_last(pipe):
     assert (calls["decode"], calls["decode_vjp"]) == (1 + 4 + 1, 2)  # the VAE's own error, the last level, the answer
 
 
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_throughout_the_vae_draws_the_answer_alone(pipe, memory):
+    out = solve(pipe, use_gradient_vae="throughout", memory=memory)
+    calls = out.report.calls
+    assert (calls["draft"], calls["draft_vjp"]) == (4 * 4, 4 * 2)
+    assert calls["decode"] == 1 + 1 and "decode_vjp" not in calls  # the VAE's own error, the answer
+    if memory == "low":
+        assert out.report.memory["predicted"] < solve(pipe, memory="low").report.memory["predicted"]
+
+
+def test_what_it_may_do_is_named(pipe):
+    with pytest.raises(ValueError, match=r"use_gradient_vae is 'always'; expected True, False, None or 'throughout'"):
+        solve(pipe, use_gradient_vae="always")
+    with pytest.raises(ValueError, match="use_gradient_vae='throughout' came without a `gradient_vae`"):
+        solve(load(), use_gradient_vae="throughout")
+
+
 def test_the_text_report_counts_it_apart(pipe):
     assert "decoder 6 / 2 (small one 12 / 6)" in solve(pipe).report.text()
 

@@ -7,7 +7,7 @@ import torch
 from gaussian import Linear, random_problem
 
 from vml_ldm import CallablePrior, Mask, Measurement
-from vml_ldm.red import ADAM, WEIGHTINGS, red_diff, red_diff_levels
+from vml_ldm.red import ADAM, WEIGHTINGS, RedDiff, red_diff, red_diff_levels
 from vml_ldm.solve import Levels, noise_like
 
 SCALES = [(1.0, 2.0), (0.8, 0.6), (0.95, 0.3)]
@@ -246,3 +246,10 @@ def test_bad_choices_are_refused_before_any_network_runs(options):
 
     with pytest.raises(ValueError, match="expected"):
         solve(start(), prior=Untouched(), **options)
+
+
+def test_our_defaults_behind_a_vae_weigh_the_prior_less_and_can_be_replaced():
+    ours = RedDiff.for_latents(lr=0.5)
+    assert ours == RedDiff(lambda_=1 / 16, lr=0.5) and ours.lambda_ < RedDiff().lambda_
+    with pytest.raises(ValueError, match="lambda_ is -1"):
+        RedDiff.for_latents(lambda_=-1)

@@ -162,3 +162,6 @@ def test_a_draft_serves_all_levels_but_the_last():
     assert drafted.calls["draft_vjp"] == 3 * 3 and drafted.calls["decode_vjp"] == 3
     single = vml_map(start(), prior=prior, draft=prior, **{**options, "schedule": Levels(SCALES[:1])})
     assert "draft" not in single.calls
+    throughout = run(draft=prior, draft_last=True)
+    assert torch.equal(plain.latent, throughout.latent)
+    assert throughout.calls["draft"] == 4 * 2 * 3 and throughout.calls["decode"] == 1

@@ -102,7 +102,7 @@ def killed(launcher: tuple[str, ...], folder: Path, out: Path, steps: int, kills
 
     Args:
         seconds: of a whole run. The first kill comes while the program loads, the last one as the images run out, the
-            others at any moment.
+            others at any moment of a share of it, so that none finds the work done.
     """
     chance, seen, wrong = random.Random(), {}, []
     count = len(list(folder.iterdir()))
@@ -113,7 +113,7 @@ def killed(launcher: tuple[str, ...], folder: Path, out: Path, steps: int, kills
                 time.sleep(0.02)
             time.sleep(chance.uniform(0, 3 * seconds / count))
         elif kill < kills:
-            time.sleep(chance.uniform(0, seconds * (0.2 if kill == 0 else 1.0)))
+            time.sleep(chance.uniform(0, seconds * (0.2 if kill == 0 else 1 / max(1, kills - 1))))
         if kill < kills and run.poll() is None:
             kill_all(run.pid)
         status, after, now = run.wait(), time.perf_counter() - began, finished(out)

@@ -13,6 +13,7 @@ FAMILIES = {  # by diffusers' names: the public name of the pipeline for each ki
     "stable-diffusion-3": {"inpaint": "VMLInpaintSD3Pipeline"},
 }
 ONE = ("stable-diffusion",)  # what the page, the demo and the benchmark serve
+VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 _CALLED = {
     "stable-diffusion": "Stable Diffusion 1.x and 2.x",
     "stable-diffusion-xl": "Stable Diffusion XL",
@@ -47,7 +48,7 @@ def _family(folder: Path) -> tuple[str | None, str]:
             f"{folder / INDEX} cannot be read ({error}); expected a Stable Diffusion checkpoint in diffusers' layout."
         ) from error
     name = index.get("_class_name", "no pipeline that it names")
-    if parts.get("vae") != "AutoencoderKL":
+    if parts.get("vae") not in VAES:
         return None, name
     if parts.get("transformer") == "SD3Transformer2DModel":
         return "stable-diffusion-3", name

@@ -9,6 +9,7 @@ from .solve import check_choices, check_renoise
 
 STARTS = ("noise", "measurement")
 EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
+THROUGHOUT = "throughout"
 LEAST_NOISE = 0.1  # of the levels of a restoration, in units of the latent
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
@@ -25,7 +26,8 @@ class Settings:
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
-        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`. None: where there is one.
+        use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
+            None: all but the last where there is one.
     """
 
     budget: float
@@ -34,7 +36,7 @@ class Settings:
     jacobian: str = "exact"
     renoise: float = 1.0
     stop_at: float = 1.0
-    use_gradient_vae: bool | None = None
+    use_gradient_vae: bool | str | None = None
 
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
@@ -95,4 +97,8 @@ def settings(preset: str, **explicit) -> Settings:
     chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
     check_renoise(chosen.renoise)
+    if chosen.use_gradient_vae not in (True, False, None, THROUGHOUT):
+        raise ValueError(
+            f"use_gradient_vae is {chosen.use_gradient_vae!r}; expected True, False, None or {THROUGHOUT!r}."
+        )
     return chosen

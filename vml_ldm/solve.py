@@ -150,6 +150,7 @@ def vml_map(
     step: InnerStep = InnerStep(),  # noqa: B008 - frozen
     stop_prior_at: float = 0.0,
     draft: Prior | None = None,
+    draft_last: bool = False,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -168,6 +169,7 @@ def vml_map(
             the answer: a prior can be unreliable at the lowest noise. 0 keeps every level.
         draft: the same prior with a cheaper decoder of the same latents; it takes the prior's place at all levels but
             the last, whose answer stands. What those levels report of the residual is then the draft's.
+        draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -188,6 +190,7 @@ def vml_map(
         step=step,
         stop_prior_at=stop_prior_at,
         draft=None if draft is None else prior.drafting(draft),
+        draft_last=draft_last,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -216,13 +219,15 @@ def vml_levels(
     step: InnerStep = InnerStep(),  # noqa: B008 - frozen
     stop_prior_at: float = 0.0,
     draft: Prior | None = None,
+    draft_last: bool = False,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
     for steps in (inner_steps, last_steps):
         check_choices(steps, jacobian)
     before = levels_above(stop_prior_at, schedule) - 1
-    levels = [(prior if draft is None else draft, inner_steps)] * before + [(prior, last_steps)]
+    early = prior if draft is None else draft
+    levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
     return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step)
 
 

@@ -93,7 +93,7 @@ def _chosen(options: argparse.Namespace) -> dict:
     check_count(chosen.get("images", 0), split)
     if options.tune:
         return {**chosen, "split": split, "methods": methods.grid(options.tune)}
-    known = {method.name: method for method in (*methods.METHODS, *methods.PEERS)}
+    known = {method.name: method for method in (*methods.METHODS, *methods.VARIANTS, *methods.PEERS)}
     wanted = [known[name] for name in named(options.methods, tuple(known), "method") or _names(methods.METHODS)]
     for method in (method for method in wanted if not methods.is_installed(method)):
         print(f"{method.name} is left out, {method.module} is not installed; {_INSTALLING[method.module]} adds it.")

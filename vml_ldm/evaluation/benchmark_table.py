@@ -33,7 +33,8 @@ _COLUMNS = (
 )
 _NOTES = (
     "Means over the images; whole images count. Seconds are for one image. For linear operators vml, vml-free and "
-    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff is as published, without it.",
+    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff, with its authors' settings, does "
+    "not.",
     "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
     "held before it. Both only where every row has them.",
     "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
@@ -107,10 +108,11 @@ def _verdict(task: str, groups: Sequence[Group]) -> str:
         return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
     level = [method for method in rivals if not is_ahead(whole, first, method)]
     parts = [f"- {task}: {first} is " + (f"not ahead of {', '.join(level)}" if level else "ahead of all others")]
+    alone = lambda g, method: g.labels[1] + " (behind)" * bool(_behind(g, first, method))  # noqa: E731
     single = [
         f"{method} at sigma_y = {', '.join(noises)}"
         for method in rivals
-        if method not in level and (noises := [g.labels[1] for g in groups if not is_ahead(g, first, method)])
+        if method not in level and (noises := [alone(g, method) for g in groups if not is_ahead(g, first, method)])
     ]
     parts += [f"taken alone, not of {'; '.join(single)}"] if single else []
     behind = [f"{method} in {' and '.join(figures)}" for method in rivals if (figures := _behind(whole, first, method))]

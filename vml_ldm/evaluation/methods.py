@@ -16,6 +16,7 @@ from vml_ldm.evaluation import peers, tuning
 from vml_ldm.evaluation.problems import LINEAR, TASKS, Problem
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Downsample, Mask
+from vml_ldm.presets import THROUGHOUT
 from vml_ldm.red import RedDiff
 
 _TELEA_RADIUS = 3  # pixels
@@ -178,7 +179,7 @@ def grid(method: str) -> tuple[Solver, ...]:
 
 EXACT = Solver("vml", _pass(jacobian="exact"))  # the pipeline's defaults
 FREE = Solver("vml-free", _pass(jacobian="free"))
-RED = Solver("red-diff", _pass(solver="red-diff", red=RedDiff(), pixel_step=False))  # as published
+RED = Solver("red-diff", _pass(solver="red-diff", red=RedDiff(), pixel_step=False))  # its authors' settings
 RED_TUNED = tuned_solver("red-diff", "red-diff-tuned")  # and with our last step in pixels
 START = Naive("start", draw_start)
 SMOOTH = Naive("smooth", draw_smooth, LINEAR)
@@ -186,6 +187,13 @@ BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
 TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
 CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
 METHODS = (EXACT, FREE, RED, RED_TUNED, START, SMOOTH, BICUBIC, TELEA, CEILING)
+VARIANTS = (  # run where they are named
+    Solver("vml-fast", _pass(jacobian="exact", preset="fast")),
+    Solver("vml-best", _pass(jacobian="exact", preset="best")),
+    Solver("vml-full-decoder", _pass(jacobian="exact", use_gradient_vae=False)),
+    Solver("vml-small-decoder", _pass(jacobian="exact", use_gradient_vae=THROUGHOUT)),
+    Solver("vml-small-decoder-free", _pass(jacobian="free", use_gradient_vae=THROUGHOUT)),
+)
 PEERS = tuple(tuned_solver(method) for method in tuning.GRIDS if method != "red-diff")
 
 

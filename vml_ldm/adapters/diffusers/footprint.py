@@ -45,6 +45,7 @@ class Footprints:
         device: where the networks run.
         denoiser, decoder: steps go back through it.
         operator: bytes that the operator's graph holds.
+        draft_last: no step goes back through the VAE's own decoder, only through the other one.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Footprints:
         denoiser: bool = True,
         decoder: bool = True,
         operator: int = 0,
+        draft_last: bool = False,
     ):
         self._prior, self._shape, self._draft, self._device = prior, tuple(shape), draft, device
-        self._denoiser, self._decoder, self._operator = denoiser, decoder, operator
+        self._denoiser, self._operator = denoiser, operator
+        self._pulled = {"draft": decoder, "decode": decoder and not draft_last}
         self._fake, self._skeletons = None, {}
         self._away = sum(_away(network, device) for network in {*prior._networks(), draft} - {None})
 
@@ -88,7 +91,7 @@ class Footprints:
         if drafting:
             return predict(denoiser, [self._drawn("draft", self._draft, plan)], self._operator)
         networks = [self._drawn("decode", self._prior.vae, plan)]
-        if not self._decoder:  # otherwise the decoder with its graph takes more than the encoder without one
+        if not self._pulled["decode"]:  # otherwise the decoder with its graph takes more than the encoder without one
             networks.append(self._drawn("encode", self._prior.vae, plan))
         return predict(denoiser, networks, self._operator)
 
@@ -98,10 +101,11 @@ class Footprints:
         With a graph of all pieces, that of the whole, as often as tiles overlap.
         """
         piece, overlap = _piece(vae, plan, self._shape)
-        if self._decoder and not plan.decoder_again:
+        pulled = self._pulled.get(kind, False)
+        if pulled and not plan.decoder_again:
             whole = self._of(kind, plan.checkpointed, True, self._shape)
             return Footprint(*(int(overlap * count) for count in whole))
-        peak = self._of(kind, plan.checkpointed, self._decoder, piece).peak
+        peak = self._of(kind, plan.checkpointed, pulled, piece).peak
         if piece == self._shape:
             return Footprint(0, peak)
         batch, _, *latent = self._shape
