@@ -33,8 +33,8 @@ _COLUMNS = (
 )
 _NOTES = (
     "Means over the images; whole images count. Seconds are for one image. For linear operators vml, vml-free and "
-    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff, with its authors' settings, does "
-    "not.",
+    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff has its authors' settings and "
+    "does not.",
     "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
     "held before it. Both only where every row has them.",
     "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
