@@ -297,7 +297,7 @@ def test_a_measurement_of_any_size_is_solved(photo, model, tmp_path, capsys, siz
             "64 x 64 pixels, whose result would have 256 x 256; expected a result whose shorter side is",
         ),
         (["--task", "jpeg+sr4", "--std", "3"], "--std came with --task jpeg+sr4; expected only --quality, --mode"),
-        (["--task", "colorize+jpeg"], "comes after one that leaves none"),
+        (["--task", "colorize+jpeg"], "comes after its colours were lost"),
         (["--task", "hdr", "--memory", "much"], "memory is 'much'; expected 'auto', 'fast', 'low', or bytes"),
         (
             ["--task", "hdr", "--model", "flux"],

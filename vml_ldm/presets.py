@@ -22,7 +22,7 @@ class Settings:
         budget: denoiser evaluations, as a multiple of `num_inference_steps`.
         inner_steps: K, inner steps at each level.
         fixed: K was asked for by name: it is not lowered for a short budget, and holds at the last level too. Otherwise
-            that level, whose estimate is the answer, takes 2 K.
+            that level, whose estimate is the answer, takes 2 K if K > 1.
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
@@ -44,7 +44,7 @@ class Settings:
         K is the preset's, or less where that would leave fewer than four levels (then at least 1).
         """
         inner = self.inner_steps if self.fixed else self._affordable(_FEWEST_LEVELS, num_inference_steps)
-        more = 0 if self.fixed else inner
+        more = replace(self, inner_steps=inner).last_steps - inner
         return max(1, (int(self.budget * num_inference_steps) - more) // (inner + 1)), inner
 
     def inner_steps_of(self, levels: int, num_inference_steps: float) -> int:
@@ -54,7 +54,7 @@ class Settings:
     @property
     def last_steps(self) -> int:
         """Inner steps at the last level."""
-        return self.inner_steps if self.fixed else 2 * self.inner_steps
+        return self.inner_steps if self.fixed or self.inner_steps < 2 else 2 * self.inner_steps
 
     def _affordable(self, levels: int, num_inference_steps: float) -> int:
         """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
