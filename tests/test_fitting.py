@@ -218,7 +218,7 @@ def test_margins_and_tone_grow_with_the_picture() -> None:
     [
         ("sr5", {}, ValueError, "task is 'sr5'; expected one of sr4, sr8"),
         ("sr4+nothing", {}, ValueError, "task is 'nothing'"),
-        ("colorize+jpeg", {}, ValueError, "takes colours comes after one that leaves none"),
+        ("colorize+jpeg", {}, ValueError, "comes after its colours were lost"),
         ("crop", {"margin": -1}, ValueError, "margin is -1; expected pixels >= 0"),
         ("sr4+jpeg", {"std": 2.0}, TypeError, "std is no parameter of sr4\\+jpeg; expected mode, quality"),
         ("rows", {"rows": 0}, ValueError, "rows and columns are 0 and 1; expected whole numbers >= 1"),
