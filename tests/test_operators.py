@@ -750,6 +750,15 @@ def test_noise_where_a_mask_has_nothing_is_no_residual():
         assert measurement.y is y and (measurement.rms(measurement.residual(images())) < 0.13).all()
 
 
+def test_a_residual_is_of_the_operator_and_y_as_they_are_now():
+    """A callback may edit the mask of a solve on the way."""
+    measurement = Measurement(MASK, MASK(images()), 0.1)
+    measurement.residual(images())
+    everything = Mask(torch.ones_like(MASK.mask))
+    measurement.operator, measurement.y = everything, images(seed=1)
+    assert torch.equal(measurement.residual(images()), images(seed=1) - images())
+
+
 @pytest.mark.parametrize("noise", [0.001, 0.05])
 @pytest.mark.parametrize("hole", ["box", "half"])
 def test_smooth_is_the_minimiser_also_far_inside_a_hole(hole, noise):

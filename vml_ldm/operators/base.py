@@ -35,7 +35,7 @@ class Operator(ABC):
         return count_values(y)
 
     def measured(self, y: Tensor) -> Tensor:
-        """y, with zero in place of values that tell nothing of the image, such as noise where a mask has nothing."""
+        """y, or a residual, with zero in place of what tells nothing of the image: noise where a mask has nothing."""
         return y
 
     def __matmul__(self, first: Callable[[Tensor], Tensor]) -> Compose:

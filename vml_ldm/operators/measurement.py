@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,12 +82,8 @@ class Measurement:
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
                 f"{tuple(self.y.shape)}; expected the same. Make y with this operator from images of this size."
             )
-        return self._told - seen
-
-    @cached_property
-    def _told(self) -> Tensor:
-        """y without what tells nothing of the image."""
-        return self.operator.measured(self.y) if hasattr(self.operator, "measured") else self.y
+        residual = self.y - seen
+        return self.operator.measured(residual) if hasattr(self.operator, "measured") else residual
 
     def nll(self, image: Tensor) -> Tensor:
         """(B,): ``|y - A(image)|^2 / (2 sigma_y^2)``, the negative log-likelihood up to a constant."""
