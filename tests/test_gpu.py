@@ -15,18 +15,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-KNOWN = torch.ones(1, 1, 64, 64)
-KNOWN[..., 32:] = 0
-CALL = {
-    "prompt": "a hat",
-    "image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-    "mask_image": 1 - KNOWN,
-    "num_inference_steps": 12,
-    "inner_steps": 2,
-    "output_type": "pt",
-    "return_report": True,
-    "paste": False,
-}
+CALL = {**tiny.HALF_PAINTED, "prompt": "a hat"}
 
 
 @pytest.fixture(autouse=True)

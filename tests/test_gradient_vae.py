@@ -8,18 +8,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from vml_ldm import VMLInpaintPipeline, VMLRestorePipeline
 from vml_ldm.operators import Grayscale
 
-KNOWN = torch.ones(1, 1, 64, 64)
-KNOWN[..., 32:] = 0
-CALL = {
-    "prompt": "a",
-    "image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-    "mask_image": 1 - KNOWN,
-    "num_inference_steps": 12,
-    "inner_steps": 2,
-    "output_type": "pt",
-    "return_report": True,
-    "paste": False,
-}
+CALL = {**tiny.HALF_PAINTED, "prompt": "a"}
 
 
 def load(gradient_vae=None):

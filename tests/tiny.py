@@ -155,6 +155,19 @@ def text_encoder(seed: int = 0, cls=CLIPTextModel, width: int = 128, layers: int
     return cls(CLIPTextConfig(**size, **words, pad_token_id=1741, **options)).eval()
 
 
+KNOWN = torch.ones(1, 1, 64, 64)
+KNOWN[..., 32:] = 0
+HALF_PAINTED = {  # a short call of an inpainting pipeline, but for its prompt
+    "image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    "mask_image": 1 - KNOWN,
+    "num_inference_steps": 12,
+    "inner_steps": 2,
+    "output_type": "pt",
+    "return_report": True,
+    "paste": False,
+}
+
+
 def components() -> dict:
     """Every component of a Stable Diffusion pipeline, for images of 64 x 64 pixels."""
     none = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
