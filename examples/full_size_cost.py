@@ -185,9 +185,10 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     """
     levels, inner = PRESETS[preset].split(STEPS)
     first, last = inner * (levels - 1), 2 * inner  # inner steps
-    drafts = 0 if draft is None else first + last * (plan == SMALL)
-    steps = [(first + last - drafts, plan, ""), (drafts, draft, ", small")]
-    steps = [(count, _step(found, chosen, decoder)) for count, chosen, decoder in steps if count]
+    before = 0 if draft is None else levels - 1 + (plan == SMALL)  # levels that the small decoder draws
+    drafts = min(before, levels - 1) * inner + (plan == SMALL) * last
+    parts = [(levels - before, first + last - drafts, plan, ""), (before, drafts, draft, ", small")]
+    steps = [cost for part in parts if part[0] for cost in _steps(found, *part)]
     ends = [
         (1, _of(found, "encode", plan)),
         (2, _of(found, "decode", plan)),
@@ -197,11 +198,10 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
 
 
-def _step(found: dict, plan: str, decoder: str) -> tuple[float, int]:
-    """Seconds and peak of an inner step: the gradient, and a decode for its length."""
+def _steps(found: dict, levels: int, steps: int, plan: str, decoder: str) -> list[tuple[int, tuple[float, int]]]:
+    """Counts and costs of the inner steps of some levels: their gradients, and a decode for each level's first."""
     gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
-    costs = [_of(found, call, plan) for call in (*gradient, f"decode{decoder}")]
-    return sum(seconds for seconds, _ in costs), max(peak for _, peak in costs)
+    return [(steps, _of(found, call, plan)) for call in gradient] + [(levels, _of(found, f"decode{decoder}", plan))]
 
 
 def _of(found: dict, call: str, plan: str) -> tuple[float, int]:

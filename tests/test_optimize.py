@@ -9,7 +9,7 @@ from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
-from vml_ldm.optimize import InnerStep, descend, precondition
+from vml_ldm.optimize import InnerStep, descend, precondition, secant_length
 
 DOUBLE = {"dtype": torch.float64}
 NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)
@@ -228,3 +228,62 @@ def test_a_residual_that_is_not_finite_is_no_rest():
     measurement = Measurement(Linear(h), y, 0.1)
     with pytest.raises(NonFiniteError, match=r"residual .*nan.*expected finite"):
         descend(draw(1, 1, 1, 6), prior=prior, measurement=measurement, alpha=1.0, sigma=1.0, steps=1)
+
+
+def test_a_trial_tells_the_minimiser_along_a_direction():
+    """For a quadratic loss: no slope is left along d, and v there is the one that is found."""
+    root = draw(5, 5)
+    matrix, goal = root @ root.T + 0.1 * torch.eye(5, **DOUBLE), draw(5, seed=1)
+    v_at = lambda x: matrix @ (goal - x)  # noqa: E731
+    x, d = draw(3, 5, seed=2), draw(3, 5, seed=3)
+    v = torch.stack([v_at(one) for one in x])
+    d = d * (v * d).sum(1, keepdim=True).sign()
+    best = (v * d).sum(1) / torch.einsum("bi,ij,bj->b", d, matrix, d)
+    trial = best * torch.tensor([0.5, 1.0, 4.0], **DOUBLE)
+    images = lambda rows: rows.reshape(3, 1, 1, 5)  # noqa: E731
+    v_trial = torch.stack([v_at(one) for one in x + trial[:, None] * d])
+    eta, v_end = secant_length(images(v), images(v_trial), images(d), trial)
+    assert torch.allclose(eta, best)
+    assert torch.allclose(v_end.reshape(3, 5), torch.stack([v_at(one) for one in x + best[:, None] * d]))
+    assert (v_end.reshape(3, 5) * d).sum(1).abs().max() < 1e-9
+
+
+def test_a_secant_length_stays_near_its_trial():
+    v, d = torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
+    v_trial = torch.tensor([0.99, 2.0, -99.0]).reshape(3, 1, 1, 1)  # hardly falls, rises, falls steeply
+    eta, _ = secant_length(v, v_trial, d, torch.full((3,), 2.0))
+    assert eta.tolist() == pytest.approx([6.0, 6.0, 0.4])
+
+
+class Counting:
+    """A prior that counts its decodes."""
+
+    def __init__(self, prior):
+        self.prior, self.decodes = prior, 0
+
+    def denoise(self, *state):
+        return self.prior.denoise(*state)
+
+    def decode(self, z):
+        self.decodes += 1
+        return self.prior.decode(z)
+
+
+def test_conjugate_steps_approach_the_map_with_one_decode_each():
+    """6 unknowns: 20 steps come near the MAP, as 20 of the safe fixed length do not."""
+    prior, h, y = random_problem()
+    counting, measurement = Counting(prior), Measurement(Linear(h), y, 0.1)
+    expected, _ = prior.measured(h, y, 0.1)
+    start = draw(1, 1, 1, 6)
+
+    def distance(steps, rule="analytic"):
+        counting.decodes = 0
+        at = {"prior": counting, "measurement": measurement, "alpha": 0.8, "sigma": 0.6}
+        end = descend(start, steps=steps, stop_at=0, step=InnerStep(rule), **at)
+        return (end.z0_hat - expected).norm().item()
+
+    begun = distance(0)
+    assert distance(20) < 0.05 * begun
+    assert counting.decodes == 20 + 1
+    safe = 1 / (torch.linalg.matrix_norm(h, 2).item() ** 2 / 0.1**2 + 0.8**2 / (4 * 0.6**2))
+    assert distance(20) < 0.2 * distance(20, safe)

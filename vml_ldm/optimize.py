@@ -31,6 +31,8 @@ JACOBIANS = ("exact", "free")
 PRECONDITIONERS = ("none", "gauss-newton")
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
+_TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
+_TRUST = (0.2, 3.0)  # how long a step may be, of its trial's length
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class InnerStep:
     """How an inner step moves ``x = x_t / alpha``, given v, minus the gradient (or minus the bracket) in VE units.
 
     Args:
-        rule: "analytic": conjugate directions, each as long as the minimiser of the loss's quadratic model (see
-            `step_length`); with a preconditioner, v itself, whose length 1 is right (see `precondition`).
+        rule: "analytic": conjugate directions, each as long as the minimiser of the loss's quadratic model: the first
+            by `step_length`, the others by `secant_length`. With a preconditioner, v itself, whose length 1 is right
+            (see `precondition`).
             A number eta > 0: always ``x += eta v``. Where 0 <= J <= I, safe up to
             1 / (|H|^2 / sigma_y^2 + alpha^2 / (4 sigma^2)) for the gradient and
             1 / max(|H|^2 / sigma_y^2, alpha^2 / sigma^2) for the bracket (derived).
@@ -145,15 +148,26 @@ def descend(
 
 
 class _Conjugate:
-    """Conjugate directions of analytic length."""
+    """Conjugate directions that use every gradient twice.
+
+    A step goes to a trial point, eta along d. The gradient there tells the curvature along d (the product of linear
+    conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
+    what the gradient is at its end, where the next direction begins. No step but a level's first takes a call of a
+    network beyond its gradient's.
+    """
 
     def __init__(self):
-        self.v_last = self.d_last = None
+        self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
 
     def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
-        self.v_last, self.d_last = v, d
-        return d, length(d, v)
+        if self.v is None:
+            self.v, self.d, self.eta = v, v, length(v, v)
+            return self.d, self.eta
+        eta, v_end = secant_length(self.v, v, self.d, self.eta)
+        d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
+        move = column(eta - self.eta, v) * self.d + column(trial, v) * d
+        self.v, self.d, self.eta = v_end, d, trial
+        return move, torch.ones_like(eta)
 
 
 class _Fixed:
@@ -239,14 +253,33 @@ def _normal_matrix(z: Tensor, prior: Prior, measurement: Measurement) -> Callabl
 
 
 def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
-    """The next direction of non-linear conjugate gradients (Polak-Ribiere, restarted where it turns uphill).
+    """The next direction of conjugate gradients (Polak-Ribiere, restarted where it turns uphill).
 
-    ``d = v + beta d_last``, ``beta = max(0, <v, v - v_last> / |v_last|^2)`` image by image: between the steps of one
-    level the loss is smooth, and conjugate directions cost no further network call.
+    ``d = v + beta d_last``, ``beta = max(0, <v, v - v_last> / |v_last|^2)`` image by image.
     """
     beta = dot(v, v - v_last) / squares(v_last).clamp(min=torch.finfo(v.dtype).tiny)
     d = v + column(beta.clamp(min=0), v) * d_last
     return torch.where(column(dot(v, d) > 0, v), d, v)
+
+
+def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple[Tensor, Tensor]:
+    """The length of a step along d, from v at its beginning and at a trial point; and v where it ends.
+
+    For a quadratic loss v is affine along d: ``v(eta) = v - eta (v - v_trial) / trial``, and the minimiser is at
+    ``eta = trial <v, d> / <v - v_trial, d>``. It is kept within a fifth and three times of the trial's length: three
+    times where v does not fall along d.
+
+    Args:
+        v, v_trial: (B, c, h, w), minus the gradients, <v, d> > 0.
+        d: (B, c, h, w), the direction.
+        trial: (B,), how far along d the trial point is.
+
+    Returns:
+        (B,) eta, and (B, c, h, w) v at eta.
+    """
+    fall, least, most = dot(v - v_trial, d), *_TRUST
+    share = torch.where(fall > 0, dot(v, d) / fall.clamp(min=torch.finfo(v.dtype).tiny), most).clamp(least, most)
+    return share * trial, v_trial - column(share - 1, v) * (v - v_trial)
 
 
 def step_length(

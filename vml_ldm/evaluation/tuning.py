@@ -16,7 +16,7 @@ Point = tuple[tuple[str, float], ...]  # (name, value) of a method's settings
 
 # method -> settings -> values to try; the first of each are the authors', or ours where theirs do not carry over
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-    "red-diff": {"lambda_": (0.25, 0.00390625, 0.015625, 0.0625, 1.0), "lr": (0.1, 0.5)},
+    "red-diff": {"lambda_": (0.25, 0.0009765625, 0.00390625, 0.015625, 0.0625, 1.0), "lr": (0.1, 0.5)},
     "latent-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
     "psld": {"omega": (1.0, 0.3, 3.0, 10.0), "gamma": (0.1, 0.01, 1.0)},
     "resample": {"every": (5, 2, 10), "lr": (0.05, 0.02, 0.1), "gamma": (40.0, 4.0)},
@@ -43,6 +43,17 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("red-diff", "colorize", 0.01): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "hdr", 0.01): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "phase", 0.01): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("red-diff", "sr4", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
+    ("red-diff", "sr8", 0.05): (("lambda_", 0.25), ("lr", 0.1)),
+    ("red-diff", "deblur", 0.05): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("red-diff", "motion", 0.05): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("red-diff", "box", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
+    ("red-diff", "half", 0.05): (("lambda_", 0.015625), ("lr", 0.1)),
+    ("red-diff", "random", 0.05): (("lambda_", 0.015625), ("lr", 0.1)),
+    ("red-diff", "jpeg", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
+    ("red-diff", "colorize", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
+    ("red-diff", "hdr", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
+    ("red-diff", "phase", 0.05): (("lambda_", 0.00390625), ("lr", 0.1)),
 }
 
 
