@@ -27,6 +27,7 @@ from torch import nn
 from vml_ldm import vml_gradient
 from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior
 from vml_ldm.adapters.diffusers.memory import Plan
+from vml_ldm.closeup import CloseUp, drawn_size, parts_near
 from vml_ldm.operators import Mask, Measurement
 from vml_ldm.presets import PRESETS
 from vml_ldm.report import in_units
@@ -41,13 +42,14 @@ PLANS = {
     "half tiles": Plan(checkpointed=1, denoiser_again=True, decoder_again=True, tiles=2),
 }
 SMALL = "too"  # the last level draws with the small decoder too; the VAE draws the answer
+CLOSE_UP = "close-up"  # for a hole of 96 x 96 pixels; graphs are kept
 FREE = "Jacobian-free"  # not measured: a forward pass of the UNet, and the decoder as "low" has it
 FORWARD = ("UNet", "UNet, batch of 2", "encode", "decode", "decode, small")
 WITH_VJP = ("UNet with VJP", "decode with VJP", "decode with VJP, small")
-STEP = ("step", "step, small")  # an inner step's gradient: both networks and their VJPs
+STEP = ("step", "step, small", "step, close-up")  # an inner step's gradient: both networks and their VJPs
 MEASUREMENTS = [
-    *((call, "one graph") for call in (*FORWARD, *WITH_VJP, *STEP)),
-    *((call, "checkpointed") for call in (*WITH_VJP[:2], *STEP)),
+    *((call, "one graph") for call in (*FORWARD, *WITH_VJP, *STEP, "decode, close-up")),
+    *((call, "checkpointed") for call in (*WITH_VJP[:2], *STEP[:2])),
     ("step", "one at a time"),
     *((call, "low") for call in ("decode with VJP", "step")),
     *((call, "half tiles") for call in ("decode", "decode with VJP", "step")),
@@ -59,6 +61,8 @@ WHOLE = [  # plans of the levels that draw with the VAE, and of those with the s
     ("low", "checkpointed"),
     ("half tiles", "checkpointed"),
     (FREE, FREE),
+    (CLOSE_UP, None),
+    (CLOSE_UP, "one graph"),
     (SMALL, "one graph"),
     (SMALL, "checkpointed"),
     (SMALL, FREE),
@@ -107,21 +111,26 @@ def measure(call: str, plan: str, small: bool, device: str) -> dict:
     prior, pixels = build_prior(small, device), 64 if small else 512
     tiny = build(AutoencoderTiny, device) if call.endswith("small") else None
     prior.plan, batch = PLANS[plan], 2 if call.endswith("batch of 2") else 1
+    known = torch.ones(batch, 1, pixels, pixels, device=device)
+    known[..., pixels // 2 - 48 : pixels // 2 + 48, pixels // 2 - 48 : pixels // 2 + 48] = 0
+    parts = parts_near(known, 8) if call.endswith(CLOSE_UP) else None
     z = torch.randn(batch, 4, pixels // 8, pixels // 8, device=device)
     image = torch.rand(batch, 3, pixels, pixels, device=device)
     prior.condition = {name: value.expand(batch, -1, -1) for name, value in prior.condition.items()}
     predicted = None
     if call in STEP:
-        predicted = Footprints(prior, z.shape, tiny, z.device).need(prior.plan, drafting=tiny is not None)
+        drawn = None if parts is None else drawn_size(parts)
+        predicted = Footprints(prior, z.shape, tiny, z.device, drawn=drawn).need(prior.plan, drafting=tiny is not None)
     with prior, torch.no_grad():
         drawn = prior if tiny is None else prior.draft(tiny)
+        drawn = drawn if parts is None else CloseUp(prior, parts, image, torch.randn_like(z))
         run = {
             "UNet": lambda: prior.denoise(z, **LEVEL),
             "encode": lambda: prior.encode(image),
             "decode": lambda: drawn.decode(z),
             "UNet with VJP": lambda: pulled(*prior.denoise_pullback(z, **LEVEL)),
             "decode with VJP": lambda: pulled(*drawn.decode_pullback(z)),
-            "step": lambda: step(z, drawn, image),
+            "step": lambda: step(z, drawn, image, known),
         }[call.split(", ")[0]]
         before = held(device)
         seconds = timed(run, device)
@@ -133,9 +142,7 @@ def pulled(value, pull) -> None:
     pull(torch.ones_like(value))
 
 
-def step(x, prior, image) -> None:
-    known = torch.ones_like(image[:, :1])
-    known[..., : image.shape[3] // 2] = 0
+def step(x, prior, image, known) -> None:
     vml_gradient(x, prior=prior, measurement=Measurement(Mask(known), image * known, 0.05), **LEVEL)
 
 
@@ -182,12 +189,15 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     Args:
         found: what was measured, by call and plan.
         plan, draft: of the last level and of the others, which draw with the small decoder; None: all levels are alike.
+            A close-up is one of both.
     """
+    view = ", close-up" if plan == CLOSE_UP else ""
+    plan = "one graph" if view else plan
     levels, inner = PRESETS[preset].split(STEPS)
     first, last = inner * (levels - 1), 2 * inner  # inner steps
     before = 0 if draft is None else levels - 1 + (plan == SMALL)  # levels that the small decoder draws
     drafts = min(before, levels - 1) * inner + (plan == SMALL) * last
-    parts = [(levels - before, first + last - drafts, plan, ""), (before, drafts, draft, ", small")]
+    parts = [(levels - before, first + last - drafts, plan, view), (before, drafts, draft, ", small")]
     steps = [cost for part in parts if part[0] for cost in _steps(found, *part)]
     ends = [
         (1, _of(found, "encode", plan)),
@@ -227,7 +237,7 @@ def tell_whole(found: dict) -> None:
     for name, _, seconds, above, time_ratio, peak_ratio in rows:
         print(f"{name:62}{seconds:10.1f}{time_ratio:9.2f}{in_units(above):>13}{peak_ratio:24.2f}")
     print()
-    balanced = [row for row in rows[1:] if row[0].startswith("balanced") and FREE not in row[0]]
+    balanced = [row for row in rows[1:] if row[0].startswith("balanced") and not row[0].endswith((FREE, CLOSE_UP))]
     _tell_aim("small decoder", 1.25, [row for row in balanced if row[1] is not None])
     _tell_aim("full decoder", 2.0, [row for row in balanced if row[1] is None])
     _tell_aim('memory="low"', 1.5, [row for row in balanced if row[0].endswith(" low") and row[1] != "one graph"])

@@ -7,21 +7,24 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import PIL.Image
 import torch
+from diffusers import AsymmetricAutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
-from vml_ldm.images import seamless, upright_mask, upright_rgb
+from vml_ldm.closeup import CloseUp, Part, drawn_shares, near, parts_near
+from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
-from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
+from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, itself, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
@@ -73,7 +76,7 @@ class InpaintingMixin:
         if unknown:
             raise TypeError(f"__call__() got unexpected arguments: {', '.join(sorted(unknown))}.")
         a = SimpleNamespace(
-            **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory")}
+            **stock, **{name: given[name] for name in ("start", "use_gradient_vae", "jacobian", "memory", "close_up")}
         )
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
@@ -106,20 +109,35 @@ class InpaintingMixin:
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, batch)
         prior.told = frame.told()
-        chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels)
+        parts = self._parts(a, chosen)
+        chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels, parts)
         with prior:
             metered = Metered(prior)
-            measured = measure_known(frame.pixels, frame.known, noise_std, metered)
+            z_y, known, view = metered.encode(fill_holes(frame.pixels, frame.known)), frame.known, itself
+            if parts is not None:
+                known = known * near(parts, known, self.vae_scale_factor)
+                view = partial(CloseUp, parts=parts, image=frame.pixels, latent=z_y)
+            measured = measure_known(frame.pixels, known, noise_std, view(metered), z_y)
             a.measurement = measured.measurement
-            x_T = self._start(a, levels, frame, measured.latent, metered)
+            x_T = self._start(a, levels, frame, z_y, metered)
             self._add_mask(tensors, a, frame, prior)
-            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen)
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, view)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
-            solution = conclude(latent, trace, metered, measured.measurement, started)
+            solution = conclude(latent, trace, view(metered), measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
-        about |= {"last_steps": chosen.last_steps}
+        about |= {"last_steps": chosen.last_steps, "drawn": drawn_shares(parts, z_y.shape[2:]) if parts else []}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, solution, paste, dtype), report
+
+    def _parts(self, a: SimpleNamespace, chosen: Settings) -> list[Part] | None:
+        """The parts of the picture that steps draw, see `vml_ldm.closeup`; None: all of it.
+
+        All of it too where the holes may grow, and where the VAE's decoder is told what the whole picture is.
+        """
+        may_grow = a.callback_on_step_end is not None and "mask" in a.callback_on_step_end_tensor_inputs
+        if not a.close_up or may_grow or chosen.inner_steps == 0 or isinstance(self.vae, AsymmetricAutoencoderKL):
+            return None
+        return parts_near(a.frame.known, self.vae_scale_factor)
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
         """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""

@@ -52,6 +52,7 @@ from vml_ldm.adapters.diffusers import (
     plans,
     scheduler_levels,
 )
+from vml_ldm.closeup import Part, drawn_size
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
@@ -69,6 +70,10 @@ class VMLPipelineOutput(StableDiffusionPipelineOutput):
 
     nsfw_content_detected: list[bool] | None = None
     report: Report | None = None
+
+
+def itself(prior: Prior) -> Prior:
+    return prior
 
 
 class SolvingMixin:
@@ -269,13 +274,20 @@ class SolvingMixin:
             condition["encoder_hidden_states"] = embeds
 
     def _fit(
-        self, a: SimpleNamespace, prior: GuidedPrior, chosen: Settings, operator: Callable, image: Tensor
+        self,
+        a: SimpleNamespace,
+        prior: GuidedPrior,
+        chosen: Settings,
+        operator: Callable,
+        image: Tensor,
+        parts: list[Part] | None = None,
     ) -> tuple[Settings, Fitted]:
         """Give the prior the plans by which it stays within `memory`, and say which; the settings may be changed by it.
 
         Args:
             prior: not entered yet.
             operator, image: A, and an image (B, 3, H, W) to run it on.
+            parts: what of it steps draw; None: all.
         """
         shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
         decoder = chosen.inner_steps > 0
@@ -287,7 +299,8 @@ class SolvingMixin:
         def footprints() -> Footprints:  # where something is to be predicted
             held = graph_bytes(operator, image) if decoder else 0
             through = {"denoiser": denoiser, "decoder": decoder, "draft_last": draft_last}
-            return Footprints(prior, shape, draft, self._execution_device, **through, operator=held)
+            cells = None if parts is None else drawn_size(parts)
+            return Footprints(prior, shape, draft, self._execution_device, **through, operator=held, drawn=cells)
 
         free = free_bytes(self._execution_device) if self.free_memory is None else self.free_memory
         latents = shape[0] * shape[2] * shape[3]
@@ -322,11 +335,12 @@ class SolvingMixin:
         measurement: Measurement,
         levels: Levels,
         chosen: Settings,
+        view: Callable[[Prior], Prior] = itself,
     ) -> Iterator[Level]:
-        """VML-MAP, level by level."""
+        """VML-MAP, level by level, with what `view` makes of the prior and of its draft."""
         return vml_levels(
             x_T,
-            prior=prior,
+            prior=view(prior),
             measurement=measurement,
             schedule=levels,
             inner_steps=chosen.inner_steps,
@@ -334,7 +348,7 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=prior.drafting(self._draft(prior.prior)) if self._is_drafting(a, chosen) else None,
+            draft=view(prior.drafting(self._draft(prior.prior))) if self._is_drafting(a, chosen) else None,
             draft_last=chosen.use_gradient_vae == THROUGHOUT,
         )
 

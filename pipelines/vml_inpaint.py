@@ -63,6 +63,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         start: str = "noise",
         use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
+        close_up: bool = True,
         paste: bool = True,
         return_report: bool = False,
         **kwargs,
@@ -107,6 +108,10 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 is None), of which the log warns. Levels that draw with `gradient_vae` and those that draw with the VAE
                 each get a way of their own. `report.memory` says which; see `vml_ldm.adapters.diffusers.memory`, also
                 for what attention slicing and xformers save.
+            close_up: where at most half of the picture lies around the hole (32 pixels that are solved for and 32 more
+                that are drawn with them, at a stride of 8), draw that part alone at each step, and take the latent
+                elsewhere from the encoder (see `vml_ldm.closeup`): the decoder costs as much less. False draws all, as
+                is done where a callback may change `mask`. `report.drawn` says how much was drawn.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.

@@ -76,6 +76,7 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         start: str = "noise",
         use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
+        close_up: bool = True,
         paste: bool = True,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:

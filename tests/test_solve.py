@@ -136,6 +136,15 @@ def test_the_prior_stops_at_a_noise_level():
         solve(start(), y, stop_prior_at=3.0)
 
 
+def test_a_level_shows_the_image_that_its_residual_is_of():
+    prior, h, y = random_problem()
+    measurement = Measurement(Linear(h), y, 0.1)
+    at = {"prior": prior, "measurement": measurement, "schedule": Levels(SCALES)}
+    for level in vml_levels(start(), inner_steps=2, generator=torch.Generator().manual_seed(0), **at):
+        assert torch.equal(measurement.rms(measurement.residual(level.image)), level.residual)
+    assert all(level.image is None for level in vml_levels(start(), inner_steps=0, **at))
+
+
 def test_a_start_from_an_image_has_its_latent_and_the_first_level_s_noise():
     prior, _, _ = random_problem()
     image = torch.full((1, 1, 1, 200_000), 3.0, dtype=torch.float64)

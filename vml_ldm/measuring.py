@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,13 @@ class Measured(NamedTuple):
 
 
 def measure(
-    operator, y: Tensor, noise_std: Tensor, image: Tensor, prior: Metered, seen: Tensor | None = None
+    operator,
+    y: Tensor,
+    noise_std: Tensor,
+    image: Tensor,
+    prior: Metered,
+    seen: Tensor | None = None,
+    latent: Tensor | None = None,
 ) -> Measured:
     """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
 
@@ -48,28 +54,32 @@ def measure(
         image: (B, 3, H, W) in [0, 1].
         seen: what the round trip should give back, shaped like y; None is A(image), for an image that is not free of
             noise or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
+        latent: (B, c, h, w), of the image, where it is there already.
     """
     if seen is None:
         with uncast(image):
             seen = operator(image)
-    latent = prior.encode(image)
+    latent = prior.encode(image) if latent is None else latent
     before = Measurement(operator, seen, 1.0)
     vae_error = before.rms(before.residual(prior.decode(latent)))
     effective = (noise_std**2 + (_VAE_SHARE * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
     return Measured(Measurement(operator, y, effective), vae_error, latent)
 
 
-def measure_known(image: Tensor, known: Tensor, noise_std: Tensor, prior: Metered) -> Measured:
+def measure_known(
+    image: Tensor, known: Tensor, noise_std: Tensor, prior: Metered, latent: Tensor | None = None
+) -> Measured:
     """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them.
 
     Args:
         image: (B, 3, H, W) in [0, 1].
         known: (B, 1, H, W) in [0, 1], 1 = known.
         noise_std: (B,), sigma_y as the caller named it.
+        latent: (B, c, h, w), of the image with its holes filled, where it is there already.
     """
     operator = Mask(known)
     y = operator(image)
-    return measure(operator, y, noise_std, fill_holes(image, known), prior, seen=y)
+    return measure(operator, y, noise_std, fill_holes(image, known), prior, seen=y, latent=latent)
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:
@@ -115,6 +125,7 @@ def tell(
     preset: str,
     solver: str = "vml",
     last_steps: int | None = None,
+    drawn: Sequence[float] = (),
     memory: dict | None = None,
 ) -> Report:
     """The report of a solve; `retries` are the prior's, all else as `Report` has it."""
@@ -129,6 +140,7 @@ def tell(
         preset=preset,
         solver=solver,
         last_steps=last_steps,
+        drawn=list(drawn),
         trace=solution.trace,
         retries=dict(retries),
         calls=dict(solution.calls),

@@ -50,7 +50,8 @@ class Prior(Protocol):
     ``decode_linear(z) -> (image, push, pull)``, gives the Jacobian and its transpose for any number of calls.
 
     What else a prior may have: ``guide(x_t, z0_hat, alpha, sigma) -> z0_hat`` moves the estimate from which the next
-    state is made (None: no). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
+    state is made (None: no). ``movable(change) -> change`` leaves of a change of x_t what the prior does not know to be
+    none (None: all). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
     they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
     """

@@ -90,6 +90,7 @@ class Descent(NamedTuple):
         residual: (B,), rms of y - A(Dec(z0_hat)) over the measured values at the last evaluation, in units of y.
         nll: (B,), the negative log-likelihood there.
         steps: (B,), how many steps each image took.
+        image: (B, 3, H, W), the decoder's at the last evaluation, not clamped; None without one.
     """
 
     x_t: Tensor
@@ -97,6 +98,7 @@ class Descent(NamedTuple):
     residual: Tensor
     nll: Tensor
     steps: Tensor
+    image: Tensor | None = None
 
 
 def descend(
@@ -124,11 +126,12 @@ def descend(
     at = {"prior": prior, "measurement": measurement, "noise": sigma / alpha if alpha > 0 else torch.inf}
     residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
     taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    rule = step.begin()
+    image = None
+    rule, movable = step.begin(), getattr(prior, "movable", lambda change: change)
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
-        residual, nll = measurement.rms(data.residual), data.nll
+        image, residual, nll = data.image, measurement.rms(data.residual), data.nll
         if not residual.isfinite().all():
             raise NonFiniteError(
                 f"the residual of the clean estimate is {residual.tolist()} at noise {sigma / alpha:.3g}; expected "
@@ -136,15 +139,15 @@ def descend(
             )
         moving = residual > stop_at * measurement.sigma_y
         if not moving.any():
-            return Descent(x_t, z0_hat, residual, nll, taken)
+            return Descent(x_t, z0_hat, residual, nll, taken, image)
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
-        v = -alpha * pull(b)
+        v = movable(-alpha * pull(b))
         d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
-    return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken)
+    return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken, image)
 
 
 class _Conjugate:

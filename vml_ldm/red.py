@@ -228,7 +228,7 @@ def _levels(mu, visits, schedule, loss, s, optimizer, generator) -> Iterator[Lev
         data = _step(mu, optimizer, loss, s, alpha, sigma, generator)
         after = mu.detach().clone()
         residual, steps = loss.measurement.rms(data.residual), torch.ones(len(mu), dtype=torch.long, device=mu.device)
-        level = Level(i, alpha, sigma, after, after, residual, data.nll, steps)
+        level = Level(i, alpha, sigma, after, after, residual, data.nll, steps, data.image)
         yield level
         mu.data.copy_(level.x_next)
 

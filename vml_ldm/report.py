@@ -21,6 +21,7 @@ class Report:
         jacobian, preset: which form, which preset.
         solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
             the caller's own.
+        drawn: of each image, how much was drawn at each step, in [0, 1]; empty: all.
         trace: a dict for each level: alpha, sigma, residual, nll, steps.
         retries: network passes repeated in float32 after non-finite values, by network.
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
@@ -41,6 +42,7 @@ class Report:
     preset: str
     solver: str = "vml"
     last_steps: int | None = None
+    drawn: list[float] = field(default_factory=list)
     trace: list[dict] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class Report:
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
                 f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
-                f"float32 retries: {retries}{self._memory()}",
+                f"float32 retries: {retries}{self._memory()}{self._part()}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}{self._drafts()}, "
                 f"encoder {calls.get('encode', 0)}",
@@ -116,6 +118,9 @@ class Report:
 
     def _memory(self) -> str:
         return f"; memory: {memory_text(self.memory)}" if self.memory else ""
+
+    def _part(self) -> str:
+        return f"; drawn around the hole: {_row(self.drawn, '.0%')} of the picture" if self.drawn else ""
 
     def _steps(self) -> str:
         if self.solver == "red-diff":

@@ -102,6 +102,7 @@ class Level:
         residual: (B,), rms of y - A(Dec(z0_hat)) at the level's last evaluation, in units of y.
         nll: (B,), the negative log-likelihood there.
         steps: (B,), inner steps that each image took.
+        image: (B, 3, H, W), the decoder's at that evaluation, for a preview; None where the level had none.
     """
 
     index: int
@@ -112,6 +113,7 @@ class Level:
     residual: Tensor
     nll: Tensor
     steps: Tensor
+    image: Tensor | None = None
 
 
 @dataclass
@@ -246,7 +248,7 @@ def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, st
                 z0 = guide(inner.x_t, z0, alpha, sigma)
             stopped = i + 1 == count < len(schedule)
             x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
-        level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps)
+        level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps, inner.image)
         yield level
         x_t = level.x_next
 

@@ -14,6 +14,7 @@ from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 from vml_ldm.posing import model_sizes
 from vml_ldm.report import Report
+from vml_ldm.solve import Level
 
 
 class Frame(NamedTuple):
@@ -75,7 +76,7 @@ class Solver:
 
         def show(pipe, step, timestep, tensors):
             residuals.append(pipe.level.residual.mean().item())
-            tell(Frame(self._draw(pipe.level.z0_hat), list(residuals), pipe.num_timesteps))
+            tell(Frame(self._draw(pipe.level), list(residuals), pipe.num_timesteps))
             return {}
 
         try:
@@ -87,8 +88,11 @@ class Solver:
             tell(error)
 
     @torch.no_grad()
-    def _draw(self, z0_hat: Tensor) -> Tensor:
-        """A clean estimate as a picture, by the small decoder where there is one."""
-        vae = self.inpaint.gradient_vae or self.inpaint.vae
-        z = (z0_hat / vae.config.scaling_factor).to(vae.device, vae.dtype)
-        return (vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1).cpu()
+    def _draw(self, level: Level) -> Tensor:
+        """A level as a picture: what it drew for its last step, or, where it took none, its clean estimate."""
+        image = level.image
+        if image is None:
+            vae = self.inpaint.gradient_vae or self.inpaint.vae
+            z = (level.z0_hat / vae.config.scaling_factor).to(vae.device, vae.dtype)
+            image = vae.decode(z, return_dict=False)[0].float() / 2 + 0.5
+        return image.clamp(0, 1).cpu()

@@ -46,6 +46,7 @@ class Footprints:
         denoiser, decoder: steps go back through it.
         operator: bytes that the operator's graph holds.
         draft_last: no step goes back through the VAE's own decoder, only through the other one.
+        drawn: (h, w), how much of the latents decoders draw; None: all.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Footprints:
         decoder: bool = True,
         operator: int = 0,
         draft_last: bool = False,
+        drawn: tuple[int, int] | None = None,
     ):
         self._prior, self._shape, self._draft, self._device = prior, tuple(shape), draft, device
+        self._drawn_shape = self._shape if drawn is None else (*shape[:2], *drawn)
         self._denoiser, self._operator = denoiser, operator
         self._pulled = {"draft": decoder, "decode": decoder and not draft_last}
         self._fake, self._skeletons = None, {}
@@ -91,7 +94,8 @@ class Footprints:
         if drafting:
             return predict(denoiser, [self._drawn("draft", self._draft, plan)], self._operator)
         networks = [self._drawn("decode", self._prior.vae, plan)]
-        if not self._pulled["decode"]:  # otherwise the decoder with its graph takes more than the encoder without one
+        if not self._pulled["decode"] or self._drawn_shape != self._shape:
+            # otherwise the decoder with its graph takes more than the encoder without one
             networks.append(self._drawn("encode", self._prior.vae, plan))
         return predict(denoiser, networks, self._operator)
 
@@ -100,15 +104,16 @@ class Footprints:
 
         With a graph of all pieces, that of the whole, as often as tiles overlap.
         """
-        piece, overlap = _piece(vae, plan, self._shape)
+        shape = self._shape if kind == "encode" else self._drawn_shape
+        piece, overlap = _piece(vae, plan, shape)
         pulled = self._pulled.get(kind, False)
         if pulled and not plan.decoder_again:
-            whole = self._of(kind, plan.checkpointed, True, self._shape)
+            whole = self._of(kind, plan.checkpointed, True, shape)
             return Footprint(*(int(overlap * count) for count in whole))
         peak = self._of(kind, plan.checkpointed, pulled, piece).peak
-        if piece == self._shape:
+        if piece == shape:
             return Footprint(0, peak)
-        batch, _, *latent = self._shape
+        batch, _, *latent = shape
         images = _IMAGES * 4 * 3 * batch * math.prod(latent) * _stride(self._prior.vae) ** 2
         return Footprint(images, peak + images)
 

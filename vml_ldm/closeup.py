@@ -1,0 +1,167 @@
+"""A small hole in a large picture: what is drawn at each step is the part around it. (Ours.)
+
+Known pixels far from the hole say through the encoder what they have to say: there the latent is taken to be known,
+z0 = Enc(y), and noised as the rest is. Near the hole everything is as without it: the latent moves, and is measured in
+pixels through the decoder, which draws these pixels and a ring around them, so that their surroundings are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objective import PullBack, decode_pullback, denoise_pullback
+from .operators import own
+
+_NEAR = 4  # cells of the latent around a hole that move and are measured
+_RING = 4  # cells around those that are drawn with them
+_MOST = 0.5  # of a latent's cells: above it, all is drawn
+
+Window = tuple[slice, slice]  # rows and columns
+
+
+class Part(NamedTuple):
+    """Of a latent: the rows and columns that move, and those that are drawn."""
+
+    moved: Window
+    drawn: Window
+
+
+def parts_near(known: Tensor, stride: int) -> list[Part] | None:
+    """For each image the part of its latent that a hole needs; None if every image needs all of it.
+
+    An image needs all of its latent where its part would be more than half of that, and where nothing is painted.
+
+    Args:
+        known: (B, 1, H, W) in [0, 1], 1 = known.
+        stride: pixels to a cell of the latent.
+    """
+    size = [length // stride for length in known.shape[2:]]
+    found = [_part(rows[0] < 1, size, stride) for rows in known]
+    whole = (slice(0, size[0]), slice(0, size[1]))
+    return None if all(part.drawn == whole for part in found) else found
+
+
+def _part(painted: Tensor, size: list[int], stride: int) -> Part:
+    whole = (slice(0, size[0]), slice(0, size[1]))
+    if not painted.any():
+        return Part(whole, whole)
+    spans = [torch.nonzero(painted.any(dim)).flatten()[[0, -1]].tolist() for dim in (1, 0)]
+    around = lambda cells: tuple(  # noqa: E731
+        slice(max(0, first // stride - cells), min(n, last // stride + 1 + cells))
+        for (first, last), n in zip(spans, size, strict=True)
+    )
+    drawn = around(_NEAR + _RING)
+    return Part(around(_NEAR), drawn) if _cells(drawn) <= _MOST * size[0] * size[1] else Part(whole, whole)
+
+
+def _cells(window: Window) -> int:
+    rows, columns = window
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
+
+
+def drawn_size(parts: list[Part]) -> tuple[int, int]:
+    """Rows and columns that hold what is drawn of any of the latents."""
+    rows, columns = ([window.stop - window.start for window in axis] for axis in zip(*(p.drawn for p in parts)))  # noqa: B905
+    return max(rows), max(columns)
+
+
+def drawn_shares(parts: list[Part], size: tuple[int, int]) -> list[float]:
+    """How much of each latent of `size` cells is drawn, in [0, 1]."""
+    return [_cells(part.drawn) / (size[0] * size[1]) for part in parts]
+
+
+def near(parts: list[Part], like: Tensor, stride: int = 1) -> Tensor:
+    """(B, 1, h, w), 1 where the latent moves; with a stride, of the pixels of those cells."""
+    mask = torch.zeros(len(like), 1, *like.shape[2:], dtype=like.dtype, device=like.device)
+    for row, part in zip(mask, parts, strict=True):
+        row[0][_pixels(part.moved, stride)] = 1
+    return mask
+
+
+def _pixels(window: Window, stride: int) -> Window:
+    rows, columns = (slice(stride * side.start, stride * side.stop) for side in window)
+    return rows, columns
+
+
+class CloseUp:
+    """A prior of which a part of each latent is known: ``D = m D(x_t) + (1 - m) z``, m = 1 in the part that moves.
+
+    ``Dec(z0)`` is the decoder's image of the part that is drawn, laid over the picture. The measurement has to be of
+    pixels that move.
+
+    Args:
+        prior: with a decoder whose image of a part is that part of its image, apart from the part's edges.
+        parts: see `parts_near`.
+        image: (B, 3, H, W) in [0, 1], the picture.
+        latent: (B, c, h, w), its latent z.
+    """
+
+    def __init__(self, prior, parts: list[Part], image: Tensor, latent: Tensor):
+        self.prior, self.image, self.latent = prior, own(image), own(latent)
+        self._moved, self._stride = near(parts, latent), image.shape[2] // latent.shape[2]
+        self._groups: dict[tuple, list[int]] = {}
+        for i, part in enumerate(parts):
+            key = tuple((side.start, side.stop) for side in part.drawn)
+            self._groups.setdefault(key, []).append(i)
+
+    @property
+    def guide(self) -> Callable | None:
+        """The prior's, where the latent moves."""
+        guide = getattr(self.prior, "guide", None)
+        return guide and (lambda *state: self._hold(guide(*state)))
+
+    @property
+    def calls(self):
+        """Of the prior that counts them."""
+        return self.prior.calls
+
+    @property
+    def seconds(self):
+        """Of the prior that counts them."""
+        return self.prior.seconds
+
+    def movable(self, change: Tensor) -> Tensor:
+        """What of a change of the state is not known to be none."""
+        return self._moved * change
+
+    def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        return self._hold(self.prior.denoise(x_t, alpha, sigma))
+
+    def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
+        z0_hat, pull = denoise_pullback(self.prior, x_t, alpha, sigma)
+        return self._hold(z0_hat), lambda b: pull(self._moved * b)
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.prior.encode(image)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._lay([(i, pixels, self.prior.decode(z[i][(..., *cells)])) for i, cells, pixels in self._drawn()])
+
+    def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
+        drawn = [(*where, *decode_pullback(self.prior, z[where[0]][(..., *where[1])])) for where in self._drawn()]
+
+        def pull(cotangent: Tensor) -> Tensor:
+            gradient = torch.zeros_like(z)
+            for i, cells, pixels, _, pull_part in drawn:
+                gradient[(i, slice(None), *cells)] = pull_part(cotangent[i][(..., *pixels)])
+            return gradient
+
+        return self._lay([(i, pixels, image) for i, _, pixels, image, _ in drawn]), pull
+
+    def _hold(self, z: Tensor) -> Tensor:
+        return torch.where(self._moved > 0, z, self.latent)
+
+    def _drawn(self) -> list[tuple[list[int], Window, Window]]:
+        """Images that are drawn together, their cells, and their pixels."""
+        windows = [(i, tuple(slice(*side) for side in key)) for key, i in self._groups.items()]
+        return [(i, cells, _pixels(cells, self._stride)) for i, cells in windows]
+
+    def _lay(self, drawn: list[tuple[list[int], Window, Tensor]]) -> Tensor:
+        image = self.image.clone()
+        for i, pixels, part in drawn:
+            image[(i, slice(None), *pixels)] = part
+        return image
