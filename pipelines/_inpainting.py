@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
-from vml_ldm.closeup import CloseUp, Part, drawn_shares, near, parts_near
-from vml_ldm.images import fill_holes, seamless, upright_mask, upright_rgb
+from vml_ldm.closeup import Part, drawn_shares, parts_near
+from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
-from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, itself, start_noise
+from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
@@ -113,19 +112,18 @@ class InpaintingMixin:
         chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels, parts)
         with prior:
             metered = Metered(prior)
-            z_y, known, view = metered.encode(fill_holes(frame.pixels, frame.known)), frame.known, itself
-            if parts is not None:
-                known = known * near(parts, known, self.vae_scale_factor)
-                view = partial(CloseUp, parts=parts, image=frame.pixels, latent=z_y)
-            measured = measure_known(frame.pixels, known, noise_std, view(metered), z_y)
+            measured = measure_known(frame.pixels, frame.known, noise_std, metered, parts)
             a.measurement = measured.measurement
-            x_T = self._start(a, levels, frame, z_y, metered)
+            x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
-            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, view)
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
-            solution = conclude(latent, trace, view(metered), measured.measurement, started)
+            solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
-        about |= {"last_steps": chosen.last_steps, "drawn": drawn_shares(parts, z_y.shape[2:]) if parts else []}
+        about |= {
+            "last_steps": chosen.last_steps,
+            "drawn": drawn_shares(parts, measured.latent.shape[2:]) if parts else [],
+        }
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, solution, paste, dtype), report
 

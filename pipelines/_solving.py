@@ -52,7 +52,7 @@ from vml_ldm.adapters.diffusers import (
     plans,
     scheduler_levels,
 )
-from vml_ldm.closeup import Part, drawn_size
+from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
@@ -70,10 +70,6 @@ class VMLPipelineOutput(StableDiffusionPipelineOutput):
 
     nsfw_content_detected: list[bool] | None = None
     report: Report | None = None
-
-
-def itself(prior: Prior) -> Prior:
-    return prior
 
 
 class SolvingMixin:
@@ -335,7 +331,7 @@ class SolvingMixin:
         measurement: Measurement,
         levels: Levels,
         chosen: Settings,
-        view: Callable[[Prior], Prior] = itself,
+        view: Callable[[Prior], Prior] = whole,
     ) -> Iterator[Level]:
         """VML-MAP, level by level, with what `view` makes of the prior and of its draft."""
         return vml_levels(

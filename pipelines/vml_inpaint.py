@@ -110,8 +110,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 for what attention slicing and xformers save.
             close_up: where at most half of the picture lies around the hole (32 pixels that are solved for and 32 more
                 that are drawn with them, at a stride of 8), draw that part alone at each step, and take the latent
-                elsewhere from the encoder (see `vml_ldm.closeup`): the decoder costs as much less. False draws all, as
-                is done where a callback may change `mask`. `report.drawn` says how much was drawn.
+                elsewhere from the encoder (see `vml_ldm.closeup`): the decoder costs as much less. Elsewhere the
+                solver's own image is `image`. False draws all, as is done where a callback may change `mask`.
+                `report.drawn` says how much was drawn.
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.

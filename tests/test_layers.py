@@ -34,6 +34,7 @@ RULES = {
     "vml_ldm.operators": Rule(0, frozenset({"torch"})),
     "vml_ldm.damage": Rule(1, frozenset({"torch"})),
     "vml_ldm.posing": Rule(2, frozenset({"torch"})),
+    "vml_ldm.closeup": Rule(2, frozenset({"torch"})),
     "vml_ldm.manifest": Rule(0, frozenset()),
     "vml_ldm.families": Rule(0, frozenset()),
     "vml_ldm.fitting": Rule(1, frozenset({"torch"})),

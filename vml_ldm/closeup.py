@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import PullBack, decode_pullback, denoise_pullback
+from .objective import Prior, PullBack, decode_pullback, denoise_pullback
 from .operators import own
 
 _NEAR = 4  # cells of the latent around a hole that move and are measured
@@ -69,9 +69,14 @@ def drawn_size(parts: list[Part]) -> tuple[int, int]:
     return max(rows), max(columns)
 
 
-def drawn_shares(parts: list[Part], size: tuple[int, int]) -> list[float]:
-    """How much of each latent of `size` cells is drawn, in [0, 1]."""
-    return [_cells(part.drawn) / (size[0] * size[1]) for part in parts]
+def drawn_shares(parts: list[Part] | None, size: tuple[int, int]) -> list[float]:
+    """How much of each latent of `size` cells is drawn, in [0, 1]; empty where all is."""
+    return [] if parts is None else [_cells(part.drawn) / (size[0] * size[1]) for part in parts]
+
+
+def whole(prior: Prior) -> Prior:
+    """The prior itself: all of it is drawn."""
+    return prior
 
 
 def near(parts: list[Part], like: Tensor, stride: int = 1) -> Tensor:
@@ -100,7 +105,7 @@ class CloseUp:
         latent: (B, c, h, w), its latent z.
     """
 
-    def __init__(self, prior, parts: list[Part], image: Tensor, latent: Tensor):
+    def __init__(self, prior: Prior, parts: list[Part], image: Tensor, latent: Tensor):
         self.prior, self.image, self.latent = prior, own(image), own(latent)
         self._moved, self._stride = near(parts, latent), image.shape[2] // latent.shape[2]
         self._groups: dict[tuple, list[int]] = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .closeup import CloseUp, Part, near, whole
 from .images import fill_holes
+from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
 from .report import Report
 from .solve import Metered, Solution
@@ -26,11 +29,13 @@ class Measured(NamedTuple):
         measurement: with the sigma_y that the solver takes.
         vae_error: (B,), the VAE's round-trip error as the operator sees it, in units of y.
         latent: (B, c, h, w), of the image that went through the VAE.
+        view: the prior as the measurement sees it: itself, or a close-up of it.
     """
 
     measurement: Measurement
     vae_error: Tensor
     latent: Tensor
+    view: Callable[[Prior], Prior] = whole
 
 
 def measure(
@@ -67,7 +72,7 @@ def measure(
 
 
 def measure_known(
-    image: Tensor, known: Tensor, noise_std: Tensor, prior: Metered, latent: Tensor | None = None
+    image: Tensor, known: Tensor, noise_std: Tensor, prior: Metered, parts: list[Part] | None = None
 ) -> Measured:
     """The known pixels as a measurement, see `measure`; the holes are filled smoothly before the VAE sees them.
 
@@ -75,11 +80,17 @@ def measure_known(
         image: (B, 3, H, W) in [0, 1].
         known: (B, 1, H, W) in [0, 1], 1 = known.
         noise_std: (B,), sigma_y as the caller named it.
-        latent: (B, c, h, w), of the image with its holes filled, where it is there already.
+        parts: where they are given, only the known pixels that they hold are measured, and the prior is to be taken
+            with the result's `view`, a `CloseUp`.
     """
+    filled, view = fill_holes(image, known), whole
+    latent = prior.encode(filled)
+    if parts is not None:
+        view = partial(CloseUp, parts=parts, image=image, latent=latent)
+        known = known * near(parts, known, known.shape[2] // latent.shape[2])
     operator = Mask(known)
     y = operator(image)
-    return measure(operator, y, noise_std, fill_holes(image, known), prior, seen=y, latent=latent)
+    return measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent)._replace(view=view)
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:

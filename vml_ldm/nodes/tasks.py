@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ class Task:
         chosen, preset: the budget's settings, and their name.
         start: one of `STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
+        drawn: of each image, how much is drawn at each step; empty: all.
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -40,6 +41,7 @@ class Task:
     preset: str
     start: str | None
     pixel_step: bool = False
+    drawn: Sequence[float] = ()
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -50,7 +52,7 @@ class Task:
         levels, trace = sampling.levels(self.chosen.renoise), []
         for level in vml_levels(
             self._first(sampling, measured.latent, levels.scales(0), generator),
-            prior=metered,
+            prior=measured.view(metered),
             measurement=measured.measurement,
             schedule=levels,
             inner_steps=self.chosen.inner_steps,
@@ -58,15 +60,15 @@ class Task:
             jacobian=self.chosen.jacobian,
             stop_at=self.chosen.stop_at,
             generator=generator,
-            draft=None if sampling.draft is None else metered.drafting(sampling.draft),
+            draft=None if sampling.draft is None else measured.view(metered.drafting(sampling.draft)),
         ):
             trace.append(record(level))
             sampling.tell(level)
-        solution = conclude(level.x_next, trace, metered, measured.measurement, started)
+        solution = conclude(level.x_next, trace, measured.view(metered), measured.measurement, started)
         if self.pixel_step:
             solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}
-        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset}
+        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset, "drawn": self.drawn}
         return solution, tell(solution, measured, noise_std, prior.retries, **about)
 
     def _first(self, sampling: Sampling, z: Tensor, scales: tuple[float, float], generator) -> Tensor:
