@@ -245,6 +245,22 @@ def test_sizes_and_batches_are_comfyuis(engine) -> None:
 
 
 @needs_engine
+def test_a_small_hole_in_a_large_picture_is_drawn_up_close(engine) -> None:
+    """12 pixels in cells 3 and 4 of a latent of 32 x 32: 13 x 13 of its cells are drawn, and the picture keeps."""
+    size = {"width": 256, "height": 256}
+    prompt = graph("VMLInpaint", image=["6", 0], mask=["9", 0], steps=8)
+    prompt["6"] = call("ImageScale", image=["2", 0], upscale_method="bilinear", crop="disabled", **size)
+    prompt["7"], prompt["8"] = call("SolidMask", value=0.0, **size), call("SolidMask", value=1.0, width=12, height=12)
+    prompt["9"] = call("MaskComposite", destination=["7", 0], source=["8", 0], x=24, y=24, operation="add")
+    prompt["10"] = {**prompt["4"], "inputs": {"images": ["6", 0], "filename_prefix": "given"}}
+    outputs = engine.run(prompt)
+    assert "drawn around the hole: 17% of the picture" in outputs["5"]["text"][0]
+    found, given = pictures(engine, outputs), pictures(engine, outputs, "10")
+    found[:, 24:36, 24:36], given[:, 24:36, 24:36] = 0, 0
+    assert furthest(found, given) <= 1
+
+
+@needs_engine
 @pytest.mark.parametrize(
     ("changed", "more", "message"),
     [
