@@ -136,6 +136,21 @@ def test_the_prior_stops_at_a_noise_level():
         solve(start(), y, stop_prior_at=3.0)
 
 
+def test_a_solution_reports_itself():
+    """What it knows, and beside it what its caller does."""
+    _, _, y = random_problem()
+    solution = solve(start(), y, inner_steps=2, last_steps=3, stop_at=0)
+    report = solution.report()
+    assert (report.levels, report.inner_steps, report.last_steps, report.jacobian) == (4, 2, 3, "exact")
+    assert report.residual == solution.residual.tolist() and report.sigma_y == report.expected == [0.1]
+    text = solution.report(vae_error=[0.3], preset="best").text()
+    assert (
+        "up to 2 inner steps each, 3 at the last, Jacobian exact, preset best" in text and "own round trip 0.3" in text
+    )
+    assert "preset" not in report.text()
+    assert solve(start(), y, inner_steps=1, jacobian="free").report().jacobian == "free"
+
+
 def test_a_level_shows_the_image_that_its_residual_is_of():
     prior, h, y = random_problem()
     measurement = Measurement(Linear(h), y, 0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -124,37 +124,12 @@ def check_std(sigma_y, batch: int, device) -> Tensor:
     return std.expand(batch)
 
 
-def tell(
-    solution: Solution,
-    measured: Measured,
-    noise_std: Tensor,
-    retries: Mapping[str, int],
-    *,
-    levels: int,
-    inner_steps: int,
-    jacobian: str,
-    preset: str,
-    solver: str = "vml",
-    last_steps: int | None = None,
-    drawn: Sequence[float] = (),
-    memory: dict | None = None,
-) -> Report:
-    """The report of a solve; `retries` are the prior's, all else as `Report` has it."""
-    return Report(
+def tell(solution: Solution, measured: Measured, noise_std: Tensor, retries: Mapping[str, int], **about) -> Report:
+    """The report of a solve; `retries` are the prior's, `about` are other fields of `Report`."""
+    return solution.report(
         sigma_y=noise_std.tolist(),
         vae_error=measured.vae_error.tolist(),
         effective_sigma_y=measured.measurement.sigma_y.tolist(),
-        residual=solution.residual.tolist(),
-        levels=levels,
-        inner_steps=inner_steps,
-        jacobian=jacobian,
-        preset=preset,
-        solver=solver,
-        last_steps=last_steps,
-        drawn=list(drawn),
-        trace=solution.trace,
         retries=dict(retries),
-        calls=dict(solution.calls),
-        seconds=dict(solution.seconds),
-        memory=memory or {},
+        **about,
     )

@@ -133,7 +133,7 @@ def red_diff(
         generator=generator,
     ):
         trace.append(record(level))
-    return conclude(level.x_next, trace, prior, measurement, started)
+    return conclude(level.x_next, trace, prior, measurement, started, solver="red-diff")
 
 
 def red_diff_levels(

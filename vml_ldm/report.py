@@ -18,7 +18,7 @@ class Report:
         effective_sigma_y: the sigma_y that VML takes, sqrt(sigma_y^2 + (vae_error / 2)^2); RED-diff has none.
         residual: rms of y - A(image), before any paste.
         levels, inner_steps, last_steps: noise levels, and inner steps at each of them and at the last at the most.
-        jacobian, preset: which form, which preset.
+        jacobian, preset: which form, which preset ("": none).
         solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
             the caller's own.
         drawn: of each image, how much was drawn at each step, in [0, 1]; empty: all.
@@ -39,7 +39,7 @@ class Report:
     levels: int
     inner_steps: int
     jacobian: str
-    preset: str
+    preset: str = ""
     solver: str = "vml"
     last_steps: int | None = None
     drawn: list[float] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Report:
                 f"residual   {_row(self.residual)} rms on what was measured, before any paste",
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
-                f"solver     {self.solver}, {self.levels} levels, {self._steps()}, preset {self.preset}; "
+                f"solver     {self.solver}, {self.levels} levels, {self._steps()}{self._preset()}; "
                 f"float32 retries: {retries}{self._memory()}{self._part()}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}{self._drafts()}, "
@@ -121,6 +121,9 @@ class Report:
 
     def _part(self) -> str:
         return f"; drawn around the hole: {_row(self.drawn, '.0%')} of the picture" if self.drawn else ""
+
+    def _preset(self) -> str:
+        return f", preset {self.preset}" if self.preset else ""
 
     def _steps(self) -> str:
         if self.solver == "red-diff":

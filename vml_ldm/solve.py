@@ -32,6 +32,7 @@ from torch import Tensor
 from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
 from .operators import Measurement
 from .optimize import JACOBIANS, InnerStep, descend
+from .report import Report
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -128,6 +129,8 @@ class Solution:
         calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode"; with a
             preconditioner "decode_jvp"; with a draft "draft", "draft_vjp", for its decoder.
         seconds: the time spent in each of them, and "total".
+        sigma_y: the measurement's, for each image.
+        solver: "vml" or "red-diff".
     """
 
     image: Tensor
@@ -136,6 +139,32 @@ class Solution:
     trace: list[dict]
     calls: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
+    sigma_y: list[float] = field(default_factory=list)
+    solver: str = "vml"
+
+    def report(self, **known) -> Report:
+        """The figures for people, as text, dict and plot; steps and Jacobian as the trace and the calls have them.
+
+        Args:
+            known: fields of `Report` that the solution does not know, or not as well: the VAE's own error, which counts
+                as 0 otherwise, the preset.
+        """
+        steps = [max(level["steps"]) for level in self.trace] or [0]
+        found = {
+            "sigma_y": self.sigma_y,
+            "vae_error": [0.0] * len(self.sigma_y),
+            "effective_sigma_y": self.sigma_y,
+            "residual": self.residual.tolist(),
+            "levels": len(self.trace),
+            "inner_steps": max(steps[:-1] or steps),
+            "last_steps": steps[-1],
+            "jacobian": "exact" if self.calls["denoise_vjp"] else "free",
+            "solver": self.solver,
+            "trace": self.trace,
+            "calls": dict(self.calls),
+            "seconds": dict(self.seconds),
+        }
+        return Report(**found | known)
 
 
 def vml_map(
@@ -199,12 +228,15 @@ def vml_map(
 
 
 @torch.no_grad()
-def conclude(latent: Tensor, trace: list[dict], prior: Metered, measurement: Measurement, started: float) -> Solution:
+def conclude(
+    latent: Tensor, trace: list[dict], prior: Metered, measurement: Measurement, started: float, solver: str = "vml"
+) -> Solution:
     """Decode the last clean estimate and measure what it leaves of y."""
     image = prior.decode(latent)
     residual = measurement.rms(measurement.residual(image))
     prior.seconds["total"] = time.perf_counter() - started
-    return Solution(image.clamp(0, 1), latent, residual, trace, prior.calls, prior.seconds)
+    noise = measurement.sigma_y.expand(len(image)).tolist()
+    return Solution(image.clamp(0, 1), latent, residual, trace, prior.calls, prior.seconds, noise, solver)
 
 
 def vml_levels(

@@ -68,7 +68,7 @@ class Task:
         if self.pixel_step:
             solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}
-        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset, "drawn": self.drawn}
+        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset, "drawn": list(self.drawn)}
         return solution, tell(solution, measured, noise_std, prior.retries, **about)
 
     def _first(self, sampling: Sampling, z: Tensor, scales: tuple[float, float], generator) -> Tensor:
