@@ -651,7 +651,9 @@ def test_part_of_the_levels_starts_from_the_measurement(engine) -> None:
     prompt["6"] = call("BasicScheduler", model=["1", 0], scheduler="simple", steps=4, denoise=0.4)
     assert "Take start 'measurement'" in engine.error(prompt)["exception_message"]
     prompt["3"]["inputs"]["start"] = "measurement"
-    assert engine.run(prompt)
+    assert "4 levels, up to 1 inner steps each" in engine.run(prompt)["5"]["text"][0]  # of 8 steps at half the budget
+    prompt["3"]["inputs"]["steps"] = 40
+    assert "4 levels, up to 3 inner steps each" in engine.run(prompt)["5"]["text"][0]
 
 
 @needs_engine

@@ -95,6 +95,8 @@ class Networks:
     def plan(self, chosen: Settings, steps: int, start: str, picks: bool = False) -> tuple[Tensor, Settings]:
         """The noise of the levels that the budget pays, and the settings with the inner steps at each.
 
+        SIGMAS are the levels, and share the budget.
+
         Args:
             start: one of `STARTS`.
             picks: the levels are picked among those of `steps` (`vml_ldm.presets.pick_levels`).
@@ -103,6 +105,8 @@ class Networks:
             ValueError: SIGMAS that are no levels, or that begin where noise alone is no state.
         """
         count, inner_steps = chosen.split(steps)
+        if self.sigmas is not None:
+            inner_steps = chosen.inner_steps_of(len(self.sigmas) - 1, steps)
         chosen = replace(chosen, inner_steps=inner_steps)
         if self.sigmas is not None:
             alpha, sigma = levels_of(self.model.get_model_object("model_sampling"), self.sigmas).scales(0)
