@@ -209,9 +209,11 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
 
 
 def _steps(found: dict, levels: int, steps: int, plan: str, decoder: str) -> list[tuple[int, tuple[float, int]]]:
-    """Counts and costs of the inner steps of some levels: their gradients, and a decode for each level's first."""
+    """Counts and costs of the inner steps of some levels: their gradients, and decodes for the lengths of each level's
+    first step, or of all steps in the Jacobian-free form."""
     gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
-    return [(steps, _of(found, call, plan)) for call in gradient] + [(levels, _of(found, f"decode{decoder}", plan))]
+    lengths = (steps if plan == FREE else levels, _of(found, f"decode{decoder}", plan))
+    return [(steps, _of(found, call, plan)) for call in gradient] + [lengths]
 
 
 def _of(found: dict, call: str, plan: str) -> tuple[float, int]:

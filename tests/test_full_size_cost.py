@@ -54,7 +54,7 @@ def test_whole_images_add_up(cost):
     found, others = made_up(cost), (2 * levels - 1) + 1 + 2
     steps = (levels + 1) * inner  # the last level takes twice as many
     assert cost.whole_image(found, "balanced", "low", None) == (steps + levels + others, 1)
-    assert cost.whole_image(found, "balanced", cost.FREE, cost.FREE) == (steps * 2 + levels + others, 1)
+    assert cost.whole_image(found, "balanced", cost.FREE, cost.FREE) == (steps * 3 + others, 1)
     found["step, small", "one graph"] |= {"seconds": 0.5, "peak": 7}
     found["step", "low"] |= {"seconds": 3.0, "peak": 5}
     mixed = ((levels - 1) * inner * 0.5 + 2 * inner * 3.0 + levels + others, 7)

@@ -41,8 +41,8 @@ class InnerStep:
 
     Args:
         rule: "analytic": conjugate directions, each as long as the minimiser of the loss's quadratic model: the first
-            by `step_length`, the others by `secant_length`. With a preconditioner, v itself, whose length 1 is right
-            (see `precondition`).
+            by `step_length`, the others by `secant_length`; all by `step_length` in the Jacobian-free form. With a
+            preconditioner, v itself, whose length 1 is right (see `precondition`).
             A number eta > 0: always ``x += eta v``. Where 0 <= J <= I, safe up to
             1 / (|H|^2 / sigma_y^2 + alpha^2 / (4 sigma^2)) for the gradient and
             1 / max(|H|^2 / sigma_y^2, alpha^2 / sigma^2) for the bracket (derived).
@@ -72,13 +72,13 @@ class InnerStep:
         if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
             raise ValueError(f"cg_steps is {self.cg_steps!r}; expected a whole number >= 1.")
 
-    def begin(self) -> Rule:
+    def begin(self, jacobian: str) -> Rule:
         """The rule with the state that it keeps through one level."""
         if callable(self.rule):
             return _Optimised(self.rule)
         if self.rule != "analytic":
             return _Fixed(self.rule)
-        return _Conjugate() if self.precondition == "none" else _Fixed(1.0)
+        return _Conjugate(jacobian == "exact") if self.precondition == "none" else _Fixed(1.0)
 
 
 class Descent(NamedTuple):
@@ -127,7 +127,7 @@ def descend(
     residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
     taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     image = None
-    rule, movable = step.begin(), getattr(prior, "movable", lambda change: change)
+    rule, movable = step.begin(jacobian), getattr(prior, "movable", lambda change: change)
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
@@ -151,21 +151,27 @@ def descend(
 
 
 class _Conjugate:
-    """Conjugate directions that use every gradient twice.
+    """Conjugate directions that, where v is a gradient, use it twice.
 
     A step goes to a trial point, eta along d. The gradient there tells the curvature along d (the product of linear
     conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
     what the gradient is at its end, where the next direction begins. No step but a level's first takes a call of a
-    network beyond its gradient's.
+    network beyond its gradient's. The Jacobian-free direction is no gradient, its differences no symmetric matrix's:
+    there every step has `step_length`, a bound.
+
+    Args:
+        secant: v is a gradient.
     """
 
-    def __init__(self):
+    def __init__(self, secant: bool):
+        self.secant = secant
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
 
     def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        if self.v is None:
-            self.v, self.d, self.eta = v, v, length(v, v)
-            return self.d, self.eta
+        if self.v is None or not self.secant:
+            d = v if self.v is None else conjugate(v, self.v, self.d)
+            self.v, self.d, self.eta = v, d, length(d, v)
+            return d, self.eta
         eta, v_end = secant_length(self.v, v, self.d, self.eta)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d

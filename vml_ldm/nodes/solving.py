@@ -38,8 +38,8 @@ _PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
 _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), ddim_uniform for all others."
 _START = "noise, or measurement: from the picture at hand, noised."
 _SIGMAS = (
-    "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start from "
-    "the measurement."
+    "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
+    "from the measurement."
 )
 _INNER = "At each level at the most. A level costs one model evaluation more."
 _JACOBIAN = "exact goes back through the model; free does not, and is cheaper."
