@@ -195,9 +195,8 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     plan = "one graph" if view else plan
     levels, inner = PRESETS[preset].split(STEPS)
     first, last = inner * (levels - 1), 2 * inner  # inner steps
-    before = 0 if draft is None else levels - 1 + (plan == SMALL)  # levels that the small decoder draws
-    drafts = min(before, levels - 1) * inner + (plan == SMALL) * last
-    parts = [(levels - before, first + last - drafts, plan, view), (before, drafts, draft, ", small")]
+    drafts = 0 if draft is None else first + last * (plan == SMALL)
+    parts = [(first + last - drafts, plan, view), (drafts, draft, ", small")]
     steps = [cost for part in parts if part[0] for cost in _steps(found, *part)]
     ends = [
         (1, _of(found, "encode", plan)),
@@ -208,12 +207,10 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
 
 
-def _steps(found: dict, levels: int, steps: int, plan: str, decoder: str) -> list[tuple[int, tuple[float, int]]]:
-    """Counts and costs of the inner steps of some levels: their gradients, and decodes for the lengths of each level's
-    first step, or of all steps in the Jacobian-free form."""
+def _steps(found: dict, steps: int, plan: str, decoder: str) -> list[tuple[int, tuple[float, int]]]:
+    """Counts and costs of inner steps: their gradients, and a decode for the length of each."""
     gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
-    lengths = (steps if plan == FREE else levels, _of(found, f"decode{decoder}", plan))
-    return [(steps, _of(found, call, plan)) for call in gradient] + [lengths]
+    return [(steps, _of(found, call, plan)) for call in (*gradient, f"decode{decoder}")]
 
 
 def _of(found: dict, call: str, plan: str) -> tuple[float, int]:

@@ -276,7 +276,7 @@ def test_conjugate_steps_approach_the_map_with_one_decode_each():
     expected, _ = prior.measured(h, y, 0.1)
     start = draw(1, 1, 1, 6)
 
-    def distance(steps, rule="analytic"):
+    def distance(steps, rule="secant"):
         counting.decodes = 0
         at = {"prior": counting, "measurement": measurement, "alpha": 0.8, "sigma": 0.6}
         end = descend(start, steps=steps, stop_at=0, step=InnerStep(rule), **at)

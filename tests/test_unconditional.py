@@ -119,7 +119,7 @@ def run_red(prior, measurement, start, schedule, generator):
 
 
 CALLS = {
-    run_vml: {"denoise": 9, "denoise_vjp": 6, "decode": 10, "decode_vjp": 6},
+    run_vml: {"denoise": 9, "denoise_vjp": 6, "decode": 13, "decode_vjp": 6},
     run_red: {"denoise": 3, "decode": 4, "decode_vjp": 3},
 }
 
