@@ -119,8 +119,8 @@ def measure(call: str, plan: str, small: bool, device: str) -> dict:
     prior.condition = {name: value.expand(batch, -1, -1) for name, value in prior.condition.items()}
     predicted = None
     if call in STEP:
-        drawn = None if parts is None else drawn_size(parts)
-        predicted = Footprints(prior, z.shape, tiny, z.device, drawn=drawn).need(prior.plan, drafting=tiny is not None)
+        cells = None if parts is None else drawn_size(parts)
+        predicted = Footprints(prior, z.shape, tiny, z.device, drawn=cells).need(prior.plan, drafting=tiny is not None)
     with prior, torch.no_grad():
         drawn = prior if tiny is None else prior.draft(tiny)
         drawn = drawn if parts is None else CloseUp(prior, parts, image, torch.randn_like(z))
@@ -196,8 +196,8 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     levels, inner = PRESETS[preset].split(STEPS)
     first, last = inner * (levels - 1), 2 * inner  # inner steps
     drafts = 0 if draft is None else first + last * (plan == SMALL)
-    parts = [(first + last - drafts, plan, view), (drafts, draft, ", small")]
-    steps = [cost for part in parts if part[0] for cost in _steps(found, *part)]
+    steps = [(first + last - drafts, plan, view), (drafts, draft, ", small")]
+    steps = [(count, _step(found, chosen, decoder)) for count, chosen, decoder in steps if count]
     ends = [
         (1, _of(found, "encode", plan)),
         (2, _of(found, "decode", plan)),
@@ -207,10 +207,11 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
 
 
-def _steps(found: dict, steps: int, plan: str, decoder: str) -> list[tuple[int, tuple[float, int]]]:
-    """Counts and costs of inner steps: their gradients, and a decode for the length of each."""
+def _step(found: dict, plan: str, decoder: str) -> tuple[float, int]:
+    """Seconds and peak of an inner step: the gradient, and a decode for its length."""
     gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
-    return [(steps, _of(found, call, plan)) for call in (*gradient, f"decode{decoder}")]
+    costs = [_of(found, call, plan) for call in (*gradient, f"decode{decoder}")]
+    return sum(seconds for seconds, _ in costs), max(peak for _, peak in costs)
 
 
 def _of(found: dict, call: str, plan: str) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
-from vml_ldm.closeup import Part, drawn_shares, parts_near
+from vml_ldm.closeup import Part, parts_near
 from vml_ldm.images import seamless, upright_mask, upright_rgb
 from vml_ldm.measuring import check_std, measure_known, tell
 from vml_ldm.operators import Mask, own
@@ -120,10 +120,7 @@ class InpaintingMixin:
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
-        about |= {
-            "last_steps": chosen.last_steps,
-            "drawn": drawn_shares(parts, measured.latent.shape[2:]) if parts else [],
-        }
+        about |= {"last_steps": chosen.last_steps}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, solution, paste, dtype), report
 

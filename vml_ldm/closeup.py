@@ -107,11 +107,11 @@ class CloseUp:
 
     def __init__(self, prior: Prior, parts: list[Part], image: Tensor, latent: Tensor):
         self.prior, self.image, self.latent = prior, own(image), own(latent)
-        self._moved, self._stride = near(parts, latent), image.shape[2] // latent.shape[2]
-        self._groups: dict[tuple, list[int]] = {}
+        self._moved, stride = near(parts, latent), image.shape[2] // latent.shape[2]
+        together: dict[tuple, list[int]] = {}  # images by the part that is drawn (a slice has no hash before 3.12)
         for i, part in enumerate(parts):
-            key = tuple((side.start, side.stop) for side in part.drawn)
-            self._groups.setdefault(key, []).append(i)
+            together.setdefault(tuple((side.start, side.stop) for side in part.drawn), []).append(i)
+        self._drawn = [(i, parts[i[0]].drawn, _pixels(parts[i[0]].drawn, stride)) for i in together.values()]
 
     @property
     def guide(self) -> Callable | None:
@@ -144,10 +144,10 @@ class CloseUp:
         return self.prior.encode(image)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._lay([(i, pixels, self.prior.decode(z[i][(..., *cells)])) for i, cells, pixels in self._drawn()])
+        return self._lay([(i, pixels, self.prior.decode(z[i][(..., *cells)])) for i, cells, pixels in self._drawn])
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
-        drawn = [(*where, *decode_pullback(self.prior, z[where[0]][(..., *where[1])])) for where in self._drawn()]
+        drawn = [(*where, *decode_pullback(self.prior, z[where[0]][(..., *where[1])])) for where in self._drawn]
 
         def pull(cotangent: Tensor) -> Tensor:
             gradient = torch.zeros_like(z)
@@ -159,11 +159,6 @@ class CloseUp:
 
     def _hold(self, z: Tensor) -> Tensor:
         return torch.where(self._moved > 0, z, self.latent)
-
-    def _drawn(self) -> list[tuple[list[int], Window, Window]]:
-        """Images that are drawn together, their cells, and their pixels."""
-        windows = [(i, tuple(slice(*side) for side in key)) for key, i in self._groups.items()]
-        return [(i, cells, _pixels(cells, self._stride)) for i, cells in windows]
 
     def _lay(self, drawn: list[tuple[list[int], Window, Tensor]]) -> Tensor:
         image = self.image.clone()

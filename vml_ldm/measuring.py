@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .closeup import CloseUp, Part, near, whole
+from .closeup import CloseUp, Part, drawn_shares, near, whole
 from .images import fill_holes
 from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
@@ -30,12 +30,14 @@ class Measured(NamedTuple):
         vae_error: (B,), the VAE's round-trip error as the operator sees it, in units of y.
         latent: (B, c, h, w), of the image that went through the VAE.
         view: the prior as the measurement sees it: itself, or a close-up of it.
+        drawn: of each image, how much of it the view draws, in [0, 1]; empty: all.
     """
 
     measurement: Measurement
     vae_error: Tensor
     latent: Tensor
     view: Callable[[Prior], Prior] = whole
+    drawn: Sequence[float] = ()
 
 
 def measure(
@@ -90,7 +92,8 @@ def measure_known(
         known = known * near(parts, known, known.shape[2] // latent.shape[2])
     operator = Mask(known)
     y = operator(image)
-    return measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent)._replace(view=view)
+    measured = measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent)
+    return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:
@@ -131,5 +134,6 @@ def tell(solution: Solution, measured: Measured, noise_std: Tensor, retries: Map
         vae_error=measured.vae_error.tolist(),
         effective_sigma_y=measured.measurement.sigma_y.tolist(),
         retries=dict(retries),
+        drawn=list(measured.drawn),
         **about,
     )

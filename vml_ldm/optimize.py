@@ -44,6 +44,7 @@ class InnerStep:
             `step_length`). With a preconditioner, v itself, whose length 1 is right (see `precondition`).
             "secant": for exact gradients only a level's first step is so; the others are by `secant_length`, without a
             decode. Faster and mostly nearer, but nothing bounds its lengths: a few images in a hundred end far from y.
+            The Jacobian-free direction is no gradient, its differences no symmetric matrix's: there it is "analytic".
             A number eta > 0: always ``x += eta v``. Where 0 <= J <= I, safe up to
             1 / (|H|^2 / sigma_y^2 + alpha^2 / (4 sigma^2)) for the gradient and
             1 / max(|H|^2 / sigma_y^2, alpha^2 / sigma^2) for the bracket (derived).
@@ -80,7 +81,9 @@ class InnerStep:
             return _Optimised(self.rule)
         if self.rule not in ("analytic", "secant"):
             return _Fixed(self.rule)
-        return _Conjugate(self.rule == "secant" and jacobian == "exact") if self.precondition == "none" else _Fixed(1.0)
+        if self.precondition != "none":
+            return _Fixed(1.0)
+        return _Secant() if self.rule == "secant" and jacobian == "exact" else _Conjugate()
 
 
 class Descent(NamedTuple):
@@ -153,27 +156,33 @@ def descend(
 
 
 class _Conjugate:
-    """Conjugate directions that, where v is a gradient, use it twice.
+    """Conjugate directions of analytic length."""
+
+    def __init__(self):
+        self.v_last = self.d_last = None
+
+    def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
+        self.v_last, self.d_last = v, d
+        return d, length(d, v)
+
+
+class _Secant:
+    """Conjugate directions of gradients v, each of which is used twice.
 
     A step goes to a trial point, eta along d. The gradient there tells the curvature along d (the product of linear
     conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
     what the gradient is at its end, where the next direction begins. No step but a level's first takes a call of a
-    network beyond its gradient's. The Jacobian-free direction is no gradient, its differences no symmetric matrix's:
-    there every step has `step_length`, a bound.
-
-    Args:
-        secant: v is a gradient.
+    network beyond its gradient's.
     """
 
-    def __init__(self, secant: bool):
-        self.secant = secant
+    def __init__(self):
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
 
     def __call__(self, x: Tensor, v: Tensor, length: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        if self.v is None or not self.secant:
-            d = v if self.v is None else conjugate(v, self.v, self.d)
-            self.v, self.d, self.eta = v, d, length(d, v)
-            return d, self.eta
+        if self.v is None:
+            self.v, self.d, self.eta = v, v, length(v, v)
+            return self.d, self.eta
         eta, v_end = secant_length(self.v, v, self.d, self.eta)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
@@ -207,7 +216,7 @@ class _Optimised:
         return self.x - x, v.new_ones(len(v))
 
 
-Rule = _Conjugate | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
+Rule = _Conjugate | _Secant | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
 
 
 def precondition(

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, check_vaes, make_sampler, with_masked_image
-from ..closeup import drawn_shares, parts_near
+from ..closeup import parts_near
 from ..damage import Damage
 from ..guidance import REACH
 from ..measuring import Measured, measure_known
@@ -120,10 +120,8 @@ class VMLInpaint(_SolvingNode):
         def pose(prior: Metered, noise_std: Tensor, device: torch.device) -> Measured:
             return measure_known(canvas.to(device), seen.to(device), noise_std, prior, parts)
 
-        stride = vae.spacial_compression_decode()
-        parts = parts_near(seen, stride) if chosen.inner_steps else None
-        drawn = drawn_shares(parts, tuple(n // stride for n in fit.padded))
-        task = Task(pose, len(canvas), fit.padded, sigma_y, chosen, preset, start, drawn=drawn)
+        parts = parts_near(seen, vae.spacial_compression_decode()) if chosen.inner_steps else None
+        task = Task(pose, len(canvas), fit.padded, sigma_y, chosen, preset, start)
         solution, report, latent = networks.solve(task, noise, seed)
         painted = fit.take_back(solution.image.cpu(), pixels, known)
         return io.NodeOutput(to_image(painted), latent, f"{fit.text()}\n{report.text()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,6 @@ class Task:
         chosen, preset: the budget's settings, and their name.
         start: one of `STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
-        drawn: of each image, how much is drawn at each step; empty: all.
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -41,7 +40,6 @@ class Task:
     preset: str
     start: str | None
     pixel_step: bool = False
-    drawn: Sequence[float] = ()
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -68,7 +66,7 @@ class Task:
         if self.pixel_step:
             solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}
-        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset, "drawn": list(self.drawn)}
+        about |= {"last_steps": self.chosen.last_steps, "preset": self.preset}
         return solution, tell(solution, measured, noise_std, prior.retries, **about)
 
     def _first(self, sampling: Sampling, z: Tensor, scales: tuple[float, float], generator) -> Tensor:
@@ -104,10 +102,6 @@ class Networks:
         Raises:
             ValueError: SIGMAS that are no levels, or that begin where noise alone is no state.
         """
-        count, inner_steps = chosen.split(steps)
-        if self.sigmas is not None:
-            inner_steps = chosen.inner_steps_of(len(self.sigmas) - 1, steps)
-        chosen = replace(chosen, inner_steps=inner_steps)
         if self.sigmas is not None:
             alpha, sigma = levels_of(self.model.get_model_object("model_sampling"), self.sigmas).scales(0)
             share = alpha**2 / (alpha**2 + sigma**2)
@@ -117,7 +111,9 @@ class Networks:
                     f"picture; expected at most {_IMAGE_SHARE:.0%}. Take start 'measurement', or denoise 1 and more "
                     "steps in the scheduler."
                 )
-            return self.sigmas, chosen
+            return self.sigmas, replace(chosen, inner_steps=chosen.inner_steps_of(len(self.sigmas) - 1, steps))
+        count, inner_steps = chosen.split(steps)
+        chosen = replace(chosen, inner_steps=inner_steps)
         if not (picks and inner_steps > 0):
             return sigmas_of(self.model, self.scheduler, count), chosen
         sigmas = sigmas_of(self.model, self.scheduler, max(steps, count))
