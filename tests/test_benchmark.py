@@ -479,11 +479,13 @@ def test_a_task_s_page_has_its_operator_and_a_command_that_is_understood(task: s
 def test_verdicts_name_linear_tasks_and_who_is_not_behind() -> None:
     far, near, few = group(1.0), group(0.0, task="half"), group(1.0, task="box", images=7)
     far.rows["vae-round-trip"] = [dataclasses.replace(r, psnr=90.0) for r in far.rows["vml"]]  # no rival
-    lines = verdicts([far, near, few, group(1.0, task="jpeg")]).splitlines()
+    meaning, _, *lines = verdicts([far, near, few, group(1.0, task="jpeg")]).splitlines()
+    assert meaning.startswith("Ahead: in PSNR or in distance")
     assert lines[0] == "- sr4: vml is ahead of all others. Residual / expected 0.94 at sigma_y = 0.05."
     assert lines[1].startswith("- box: fewer than 8 images")
     assert lines[2].startswith("- half: vml is not ahead of red-diff. ")
     assert len(lines) == 3
+    assert verdicts([group(1.0, task="jpeg")]) == ""
 
 
 def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> None:
@@ -491,14 +493,14 @@ def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> N
     clean = Group(("sr4", "0", "8"), clean.rows)
     for each in (clean, noisy):
         each.rows["vml-free"] = each.rows["vml"]  # another form of the first is no rival
-    (line,) = verdicts([clean, noisy]).splitlines()
+    line = verdicts([clean, noisy]).splitlines()[-1]
     assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0 (behind). ")
 
 
 def test_verdicts_say_in_what_the_first_is_behind() -> None:
-    (line,) = verdicts([group(-1.0, nearer=0.1)]).splitlines()
+    line = verdicts([group(-1.0, nearer=0.1)]).splitlines()[-1]
     assert line.startswith("- sr4: vml is ahead of all others; behind red-diff in PSNR. ")
-    (line,) = verdicts([group(-1.0, nearer=-0.1)]).splitlines()
+    line = verdicts([group(-1.0, nearer=-0.1)]).splitlines()[-1]
     assert line.startswith("- sr4: vml is not ahead of red-diff; behind red-diff in PSNR and distance. ")
 
 
