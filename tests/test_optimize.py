@@ -242,8 +242,9 @@ def test_a_trial_tells_the_minimiser_along_a_direction():
     trial = best * torch.tensor([0.5, 1.0, 4.0], **DOUBLE)
     images = lambda rows: rows.reshape(3, 1, 1, 5)  # noqa: E731
     v_trial = torch.stack([v_at(one) for one in x + trial[:, None] * d])
-    eta, v_end = secant_length(images(v), images(v_trial), images(d), trial)
+    eta, v_end, foreseen = secant_length(images(v), images(v_trial), images(d), trial)
     assert torch.allclose(eta, best)
+    assert foreseen.tolist() == [True, True, False]  # the last went four times as far as it should have
     assert torch.allclose(v_end.reshape(3, 5), torch.stack([v_at(one) for one in x + best[:, None] * d]))
     assert (v_end.reshape(3, 5) * d).sum(1).abs().max() < 1e-9
 
@@ -251,8 +252,8 @@ def test_a_trial_tells_the_minimiser_along_a_direction():
 def test_a_secant_length_stays_near_its_trial():
     v, d = torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1)
     v_trial = torch.tensor([0.99, 2.0, -99.0]).reshape(3, 1, 1, 1)  # hardly falls, rises, falls steeply
-    eta, _ = secant_length(v, v_trial, d, torch.full((3,), 2.0))
-    assert eta.tolist() == pytest.approx([6.0, 6.0, 0.4])
+    eta, _, foreseen = secant_length(v, v_trial, d, torch.full((3,), 2.0))
+    assert eta.tolist() == pytest.approx([6.0, 6.0, 0.4]) and not foreseen.any()
 
 
 class Counting:
@@ -269,7 +270,7 @@ class Counting:
         return self.prior.decode(z)
 
 
-def test_conjugate_steps_approach_the_map_with_one_decode_each():
+def test_secant_steps_approach_the_map_with_fewer_decodes_than_two_each():
     """6 unknowns: 20 steps come near the MAP, as 20 of the safe fixed length do not."""
     prior, h, y = random_problem()
     counting, measurement = Counting(prior), Measurement(Linear(h), y, 0.1)
@@ -284,6 +285,27 @@ def test_conjugate_steps_approach_the_map_with_one_decode_each():
 
     begun = distance(0)
     assert distance(20) < 0.05 * begun
-    assert counting.decodes == 20 + 1
+    assert 20 + 1 <= counting.decodes < 2 * 20
     safe = 1 / (torch.linalg.matrix_norm(h, 2).item() ** 2 / 0.1**2 + 0.8**2 / (4 * 0.6**2))
     assert distance(20) < 0.2 * distance(20, safe)
+
+
+def test_a_secant_step_is_bounded_where_its_trial_was_not_foreseen():
+    """Of two images one had a trial as it should be; along the other's the gradient rose."""
+    rule = InnerStep("secant").begin("exact")
+    v, asked = torch.ones(2, 1, 1, 1, **DOUBLE), []
+
+    def length(d, v):
+        asked.append(d)
+        return torch.full((2,), 0.5, **DOUBLE)
+
+    d, eta = rule(torch.zeros_like(v), v, length)
+    assert torch.equal(d, v) and eta.tolist() == [0.5, 0.5]
+    v_trial = torch.tensor([0.5, 1.5], **DOUBLE).reshape(2, 1, 1, 1)
+    move, one = rule(d * 0.5, v_trial, length)
+    assert one.tolist() == [1, 1] and len(asked) == 2
+    ends = [1.0, 1.5]  # twice the trial, where v is 0; three times, at the most
+    trials = [0.0, 0.5 * 2.5]  # the second goes down v = 2.5 there, as far as `length` says
+    assert move.flatten().tolist() == pytest.approx(
+        [end - 0.5 + trial for end, trial in zip(ends, trials, strict=True)]
+    )

@@ -29,18 +29,18 @@ def test_no_inner_steps_is_sampling_from_the_prior():
     assert solution.calls == {"denoise": 4, "decode": 1}
 
 
-@pytest.mark.parametrize("rule, lengths", [("analytic", 12), ("secant", 4)])
+@pytest.mark.parametrize("rule", ["analytic", "secant"])
 @pytest.mark.parametrize("jacobian, vjps", [("exact", 12), ("free", 0)])
-def test_calls_are_counted(jacobian, vjps, rule, lengths):
+def test_calls_are_counted(jacobian, vjps, rule):
     """A step: a denoiser, a decode, its pull-back, and that through D when exact; a decode more for its length.
 
-    By the secant rule only a level's first needs that one, when exact.
+    By the secant rule, when exact, only a level's first needs that one, and those that come after a bad trial.
     """
     _, _, y = random_problem()
-    lengths = lengths if jacobian == "exact" else 12
     calls = solve(start(), y, inner_steps=3, jacobian=jacobian, stop_at=0, step=InnerStep(rule)).calls
-    assert calls["denoise"] == 4 * (3 + 1) and calls["denoise_vjp"] == vjps
-    assert calls["decode"] == 12 + lengths + 1 and calls["decode_vjp"] == 12
+    assert calls["denoise"] == 4 * (3 + 1) and calls["denoise_vjp"] == vjps and calls["decode_vjp"] == 12
+    lengths = calls["decode"] - 12 - 1
+    assert lengths == 12 if (jacobian, rule) != ("exact", "secant") else 4 <= lengths < 12
 
 
 def test_the_last_level_may_take_more_steps():

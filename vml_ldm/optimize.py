@@ -32,7 +32,8 @@ PRECONDITIONERS = ("none", "gauss-newton")
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
-_TRUST = (0.2, 3.0)  # how long a step may be, of its trial's length
+_REACH = (0.2, 3.0)  # how long a step may be, of its trial's length
+_TRUST = (0.5, 3.0)  # between these, of its trial's length, a step's best length speaks for the next trial
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class InnerStep:
     Args:
         rule: "analytic": conjugate directions, each as long as the minimiser of the loss's quadratic model (see
             `step_length`). With a preconditioner, v itself, whose length 1 is right (see `precondition`).
-            "secant": for exact gradients only a level's first step is so; the others are by `secant_length`, without a
-            decode. Faster and mostly nearer, but nothing bounds its lengths: a few images in a hundred end far from y.
-            The Jacobian-free direction is no gradient, its differences no symmetric matrix's: there it is "analytic".
+            "secant": for exact gradients a level's first step is so; the others are by `secant_length`, without a
+            decode, while their trials turn out about as long as they should have been. The Jacobian-free direction is
+            no gradient, its differences no symmetric matrix's: there it is "analytic".
             A number eta > 0: always ``x += eta v``. Where 0 <= J <= I, safe up to
             1 / (|H|^2 / sigma_y^2 + alpha^2 / (4 sigma^2)) for the gradient and
             1 / max(|H|^2 / sigma_y^2, alpha^2 / sigma^2) for the bracket (derived).
@@ -172,8 +173,9 @@ class _Secant:
 
     A step goes to a trial point, eta along d. The gradient there tells the curvature along d (the product of linear
     conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
-    what the gradient is at its end, where the next direction begins. No step but a level's first takes a call of a
-    network beyond its gradient's.
+    what the gradient is at its end, where the next direction begins. No step takes a call of a network beyond its
+    gradient's, but for a level's first, and an image's that comes after a trial which was far too long or too short:
+    these go down the gradient, and have the bounded length of `_Conjugate`.
     """
 
     def __init__(self):
@@ -183,8 +185,10 @@ class _Secant:
         if self.v is None:
             self.v, self.d, self.eta = v, v, length(v, v)
             return self.d, self.eta
-        eta, v_end = secant_length(self.v, v, self.d, self.eta)
-        d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
+        eta, v_end, foreseen = secant_length(self.v, v, self.d, self.eta)
+        d, trial = torch.where(column(foreseen, v), conjugate(v_end, self.v, self.d), v_end), _TRIAL * eta
+        if not foreseen.all():
+            trial = torch.where(foreseen, trial, length(d, v_end))
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
         self.v, self.d, self.eta = v_end, d, trial
         return move, torch.ones_like(eta)
@@ -282,8 +286,8 @@ def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
     return torch.where(column(dot(v, d) > 0, v), d, v)
 
 
-def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple[Tensor, Tensor]:
-    """The length of a step along d, from v at its beginning and at a trial point; and v where it ends.
+def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The length of a step along d, from v at its beginning and at a trial point; v where it ends; and its trust.
 
     For a quadratic loss v is affine along d: ``v(eta) = v - eta (v - v_trial) / trial``, and the minimiser is at
     ``eta = trial <v, d> / <v - v_trial, d>``. It is kept within a fifth and three times of the trial's length: three
@@ -295,11 +299,14 @@ def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple
         trial: (B,), how far along d the trial point is.
 
     Returns:
-        (B,) eta, and (B, c, h, w) v at eta.
+        (B,) eta; (B, c, h, w) v at eta; (B,) whether the minimiser is between half and three times of the trial's
+        length: where it is not, the loss is not as it was thought to be, and eta says little of the next step.
     """
-    fall, least, most = dot(v - v_trial, d), *_TRUST
-    share = torch.where(fall > 0, dot(v, d) / fall.clamp(min=torch.finfo(v.dtype).tiny), most).clamp(least, most)
-    return share * trial, v_trial - column(share - 1, v) * (v - v_trial)
+    fall, tiny = dot(v - v_trial, d), torch.finfo(v.dtype).tiny
+    best = torch.where(fall > 0, dot(v, d) / fall.clamp(min=tiny), torch.inf)
+    share = best.clamp(*_REACH)
+    foreseen = (best > _TRUST[0]) & (best < _TRUST[1])
+    return share * trial, v_trial - column(share - 1, v) * (v - v_trial), foreseen
 
 
 def step_length(
