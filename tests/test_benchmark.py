@@ -493,14 +493,14 @@ def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> N
     clean = Group(("sr4", "0", "8"), clean.rows)
     for each in (clean, noisy):
         each.rows["vml-free"] = each.rows["vml"]  # another form of the first is no rival
-    line = verdicts([clean, noisy]).splitlines()[-1]
+    _, _, line = verdicts([clean, noisy]).splitlines()
     assert line.startswith("- sr4: vml is ahead of all others; taken alone, not of red-diff at sigma_y = 0 (behind). ")
 
 
 def test_verdicts_say_in_what_the_first_is_behind() -> None:
-    line = verdicts([group(-1.0, nearer=0.1)]).splitlines()[-1]
+    _, _, line = verdicts([group(-1.0, nearer=0.1)]).splitlines()
     assert line.startswith("- sr4: vml is ahead of all others; behind red-diff in PSNR. ")
-    line = verdicts([group(-1.0, nearer=-0.1)]).splitlines()[-1]
+    _, _, line = verdicts([group(-1.0, nearer=-0.1)]).splitlines()
     assert line.startswith("- sr4: vml is not ahead of red-diff; behind red-diff in PSNR and distance. ")
 
 

@@ -28,12 +28,13 @@ from .objective import (
 from .operators import Measurement, column, conjugate_gradients, dot, is_linear, solves, squares, uncast
 
 JACOBIANS = ("exact", "free")
+RULES = ("analytic", "secant")
 PRECONDITIONERS = ("none", "gauss-newton")
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
 _REACH = (0.2, 3.0)  # how long a step may be, of its trial's length
-_TRUST = (0.5, 3.0)  # between these, of its trial's length, a step's best length speaks for the next trial
+_TRUST = 0.5  # above it, of its trial's length, and within reach, a step's best length speaks for the next trial
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class InnerStep:
 
     def __post_init__(self):
         number = isinstance(self.rule, (int, float)) and 0 < self.rule < float("inf")
-        if not (number or self.rule in ("analytic", "secant") or callable(self.rule)):
+        if not (number or self.rule in RULES or callable(self.rule)):
             raise ValueError(
                 f"rule is {self.rule!r}; expected 'analytic', 'secant', a step length > 0, or a function "
                 "params -> Optimizer."
@@ -81,7 +82,7 @@ class InnerStep:
         """The rule with the state that it keeps through one level."""
         if callable(self.rule):
             return _Optimised(self.rule)
-        if self.rule not in ("analytic", "secant"):
+        if self.rule not in RULES:
             return _Fixed(self.rule)
         if self.precondition != "none":
             return _Fixed(1.0)
@@ -288,7 +289,7 @@ def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
 
 
 def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The length of a step along d, from v at its beginning and at a trial point; v where it ends; and its trust.
+    """The length of a step along d, from v at its beginning and at a trial point; v where it ends; if it was foreseen.
 
     For a quadratic loss v is affine along d: ``v(eta) = v - eta (v - v_trial) / trial``, and the minimiser is at
     ``eta = trial <v, d> / <v - v_trial, d>``. It is kept within a fifth and three times of the trial's length: three
@@ -303,11 +304,9 @@ def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple
         (B,) eta; (B, c, h, w) v at eta; (B,) whether the minimiser is between half and three times of the trial's
         length: where it is not, the loss is not as it was thought to be, and eta says little of the next step.
     """
-    fall, tiny = dot(v - v_trial, d), torch.finfo(v.dtype).tiny
-    best = torch.where(fall > 0, dot(v, d) / fall.clamp(min=tiny), torch.inf)
-    share = best.clamp(*_REACH)
-    foreseen = (best > _TRUST[0]) & (best < _TRUST[1])
-    return share * trial, v_trial - column(share - 1, v) * (v - v_trial), foreseen
+    fall, least, most = dot(v - v_trial, d), *_REACH
+    share = torch.where(fall > 0, dot(v, d) / fall.clamp(min=torch.finfo(v.dtype).tiny), most).clamp(least, most)
+    return share * trial, v_trial - column(share - 1, v) * (v - v_trial), (share > _TRUST) & (share < most)
 
 
 def step_length(
