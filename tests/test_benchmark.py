@@ -14,7 +14,7 @@ import vml_ldm
 from vml_ldm import RedDiff, cli, operators
 from vml_ldm.evaluation import methods, pages, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
-from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, summary, verdicts
+from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, standing, summary, verdicts
 from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import Case
 from vml_ldm.evaluation.cost import measured
@@ -502,6 +502,30 @@ def test_verdicts_say_in_what_the_first_is_behind() -> None:
     assert line.startswith("- sr4: vml is ahead of all others; behind red-diff in PSNR. ")
     _, _, line = verdicts([group(-1.0, nearer=-0.1)]).splitlines()
     assert line.startswith("- sr4: vml is not ahead of red-diff; behind red-diff in PSNR and distance. ")
+
+
+def test_at_equal_cost_ours_stands_against_the_best_of_the_others_in_each_task() -> None:
+    """Level is an interval above -0.2 dB and a distance not worse; forms of the first and the ceiling are no rivals."""
+    ahead, level, behind = group(1.0, nearer=0.1), group(-0.1, nearer=0.0, task="half"), group(-1.0, task="box")
+    for each in (ahead, level, behind):
+        each.rows["weaker"] = [dataclasses.replace(r, psnr=r.psnr - 9) for r in each.rows["red-diff"]]
+        each.rows["vml-free"] = each.rows["vae-round-trip"] = [
+            dataclasses.replace(r, psnr=90.0) for r in each.rows["vml"]
+        ]
+    head, _, *lines = standing([ahead, level, behind, group(1.0, task="jpeg")]).splitlines()
+    assert head.startswith("Against the best of the others by PSNR")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [(c[0], c[2], c[-1]) for c in cells] == [
+        ("sr4", "red-diff", "yes"),
+        ("half", "red-diff", "yes"),
+        ("box", "red-diff", "no"),
+        ("mean", "", "yes"),
+    ]
+    assert cells[0][3].startswith("+1.00 [") and cells[0][4].startswith("-0.100") and cells[2][4] == ""
+    assert cells[3][3].startswith("-0.03 [")  # (1 - 0.1 - 1) / 3
+    farther = group(1.0, nearer=-0.1)
+    assert standing([farther]).splitlines()[4].split("|")[-2].strip() == "no"
+    assert standing([group(1.0, task="jpeg")]) == standing([group(1.0, images=7)]) == ""
 
 
 def test_the_summary_has_means_over_images_and_noises_and_a_gap_where_a_method_was_not_tried() -> None:

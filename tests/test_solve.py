@@ -181,6 +181,7 @@ def test_a_draft_serves_all_levels_but_the_last():
         "schedule": Levels(SCALES),
         "inner_steps": 3,
         "stop_at": 0,
+        "step": InnerStep("analytic"),  # two decodes each
     }
     run = lambda **more: vml_map(  # noqa: E731
         start(), prior=prior, generator=torch.Generator().manual_seed(5), **options, **more

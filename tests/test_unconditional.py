@@ -5,7 +5,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from vml_ldm import CallablePrior, Levels, Measurement, karras_scales, red_diff, vml_map
+from vml_ldm import CallablePrior, InnerStep, Levels, Measurement, karras_scales, red_diff, vml_map
 from vml_ldm.adapters.diffusers import LDMPrior, PixelPrior, scheduler_levels
 from vml_ldm.solve import noise_like
 
@@ -110,7 +110,7 @@ def run_vml(prior, measurement, start, schedule, generator):
     alpha, sigma = schedule.scales(0)
     x_T = alpha * start + sigma * noise_like(start, generator)
     options = {"prior": prior, "measurement": measurement, "schedule": schedule, "generator": generator}
-    return vml_map(x_T, inner_steps=2, stop_at=0, **options)
+    return vml_map(x_T, inner_steps=2, stop_at=0, step=InnerStep("analytic"), **options)
 
 
 def run_red(prior, measurement, start, schedule, generator):

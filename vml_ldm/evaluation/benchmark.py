@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import StableDiffusionPrior
 from vml_ldm.evaluation import comparison, metrics
-from vml_ldm.evaluation.benchmark_table import benchmark_table, summary, verdicts
+from vml_ldm.evaluation.benchmark_table import benchmark_table, standing, summary, verdicts
 from vml_ldm.evaluation.budgets import equalise, tell
 from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
 from vml_ldm.evaluation.cost import measured
@@ -269,8 +269,8 @@ class Benchmark(comparison.Comparison):
         )
         head = f"{images}, rows as they were recorded." if self._recorded else f"{images}, {made}."
         end = best_settings(plan.tuning, groups) if plan.tuning else f"{summary(groups)}\n\n{verdicts(groups)}"
-        steps = [tell(self.rows.folder)] if plan.equal else []
-        return "\n\n".join([head, benchmark_table(groups), *steps, end])
+        at_equal_cost = [tell(self.rows.folder), standing(groups)] if plan.equal else []
+        return "\n\n".join(filter(None, [head, benchmark_table(groups), *at_equal_cost, end]))
 
 
 if __name__ == "__main__":

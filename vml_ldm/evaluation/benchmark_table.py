@@ -21,6 +21,11 @@ from vml_ldm.evaluation.table import (
 
 CEILING = "vae-round-trip"
 _AHEAD = "Ahead: in PSNR or in distance, by a paired 95 % interval of each image's mean over the noises."
+_LEAST_GAIN = 0.2  # dB; of a method that is level, the interval is above minus this
+_LEVEL = (
+    "Against the best of the others by PSNR, in each task: mean paired differences and their 95 % intervals. Level: "
+    f"that of the PSNR above -{_LEAST_GAIN} dB, that of the distance not above zero."
+)
 _COLUMNS = (
     Column("psnr", "PSNR (dB) ↑", 2),
     Column("ssim", "SSIM ↑", 3),
@@ -84,7 +89,7 @@ def draw_benchmark_lines(groups: Sequence[Group]) -> list[str]:
 
 
 class Pooled(NamedTuple):
-    """An image's mean figures over the noises of a task."""
+    """An image's mean figures over several places."""
 
     psnr: float
     perceptual: float | None
@@ -103,8 +108,7 @@ def verdicts(groups: Sequence[Group]) -> str:
 
 
 def _verdict(task: str, groups: Sequence[Group]) -> str:
-    first, *others = groups[0].rows
-    rivals = [method for method in others if method != CEILING and not method.startswith(f"{first}-")]
+    first, rivals = next(iter(groups[0].rows)), _rivals(groups[0])
     whole = over_noises(groups)
     if len(whole.rows[first]) < FEWEST:
         return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
@@ -122,6 +126,51 @@ def _verdict(task: str, groups: Sequence[Group]) -> str:
     ratios = ", ".join(f"{mean(group.rows[first], 'ratio'):.2f}" for group in groups)
     noises = ", ".join(group.labels[1] for group in groups)
     return f"{'; '.join(parts)}. Residual / expected {ratios} at sigma_y = {noises}."
+
+
+def standing(groups: Sequence[Group]) -> str:
+    """The first method against the best of the others in each linear task, for costs that are equal (Markdown).
+
+    The best is the one of the highest mean PSNR; the ceiling and other forms of the first method are none. Level means
+    that the paired 95 % interval of the PSNR's difference is above -0.2 dB, and that of the distance not above zero.
+    The last line is over each image's mean over the tasks. Empty without a linear task of eight images.
+    """
+    told = [group for group in groups if group.labels[0] in LINEAR and _rivals(group) and _count(group) >= FEWEST]
+    if not told:
+        return ""
+    first, *_ = told[0].rows
+    head = ["task", "sigma_y", "best other", f"PSNR of {first} - its", "distance", "level or ahead"]
+    pairs = [(group.rows[first], group.rows[_best(group)]) for group in told]
+    lines = [[*group.labels[:2], _best(group), *_stand(*pair)] for group, pair in zip(told, pairs, strict=True)]
+    shared = set.intersection(*({row.image for row in ours} for ours, _ in pairs))
+    ours, best = ([_over([rows[side] for rows in pairs], image) for image in sorted(shared)] for side in (0, 1))
+    if len(shared) >= FEWEST:
+        lines.append(["mean", "", "", *_stand(ours, best)])
+    return "\n".join([f"{_LEVEL}\n", *draw_table(head, lines, numbers=0)])
+
+
+def _count(group: Group) -> int:
+    return len(next(iter(group.rows.values())))
+
+
+def _rivals(group: Group) -> list[str]:
+    """Methods that are neither the ceiling nor a form of the first one."""
+    first, *others = group.rows
+    return [method for method in others if method != CEILING and not method.startswith(f"{first}-")]
+
+
+def _best(group: Group) -> str:
+    return max(_rivals(group), key=lambda method: mean(group.rows[method], "psnr"))
+
+
+def _stand(ours: Sequence, best: Sequence) -> list[str]:
+    """Both paired differences with their intervals, and whether ours is level or ahead."""
+    psnr = difference(ours, best, "psnr")
+    told = all(row.perceptual is not None for row in (*ours, *best))
+    distance = difference(ours, best, "perceptual") if told else None
+    is_level = psnr.low > -_LEAST_GAIN and (distance is None or distance.low <= 0)
+    write = lambda d, digits: f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"  # noqa: E731
+    return [write(psnr, 2), write(distance, 3) if distance else "", "yes" if is_level else "no"]
 
 
 def _behind(group: Group, ours: str, other: str) -> list[str]:
@@ -143,13 +192,14 @@ def over_noises(groups: Sequence[Group]) -> Group:
 
 
 def _pool(method: str, groups: Sequence[Group], images: Sequence[str]) -> list[Pooled]:
-    by_image = [{row.image: row for row in group.rows[method]} for group in groups]
-    pooled = []
-    for image in images:
-        rows = [found[image] for found in by_image]
-        told = all(row.perceptual is not None for row in rows)
-        pooled.append(Pooled(mean(rows, "psnr"), mean(rows, "perceptual") if told else None))
-    return pooled
+    return [_over([group.rows[method] for group in groups], image) for image in images]
+
+
+def _over(found: Sequence[Sequence], image: str) -> Pooled:
+    """An image's means over several lists of rows."""
+    rows = [row for rows in found for row in rows if row.image == image]
+    told = all(row.perceptual is not None for row in rows)
+    return Pooled(mean(rows, "psnr"), mean(rows, "perceptual") if told else None)
 
 
 def is_ahead(group: Group, ours: str, other: str) -> bool:

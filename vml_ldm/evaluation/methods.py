@@ -187,9 +187,16 @@ BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
 TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
 CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
 METHODS = (EXACT, FREE, RED, RED_TUNED, START, SMOOTH, BICUBIC, TELEA, CEILING)
-VARIANTS = (  # run where they are named
+BUDGETS = (  # by denoiser evaluations, 25 to 100; "vml" itself has 50
     Solver("vml-fast", _pass(jacobian="exact", preset="fast")),
+    Solver("vml-32", _pass(jacobian="exact", num_inference_steps=32)),
+    Solver("vml-40", _pass(jacobian="exact", num_inference_steps=40)),
+    Solver("vml-66", _pass(jacobian="exact", preset="best", num_inference_steps=33)),
+    Solver("vml-82", _pass(jacobian="exact", preset="best", num_inference_steps=41)),
     Solver("vml-best", _pass(jacobian="exact", preset="best")),
+)
+VARIANTS = (  # run where they are named
+    *BUDGETS,
     Solver("vml-full-decoder", _pass(jacobian="exact", use_gradient_vae=False)),
     Solver("vml-small-decoder", _pass(jacobian="exact", use_gradient_vae=THROUGHOUT)),
     Solver("vml-small-decoder-free", _pass(jacobian="free", use_gradient_vae=THROUGHOUT)),
