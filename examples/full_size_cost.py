@@ -33,6 +33,7 @@ from vml_ldm.presets import PRESETS
 from vml_ldm.report import in_units
 
 STEPS = 50  # stock's
+LENGTHS = 0.25  # decodes for its length that an exact inner step takes in the mean, see docs/cost; Jacobian-free one
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
 PLANS = {
     "one graph": Plan(),
@@ -203,15 +204,19 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
         (2, _of(found, "decode", plan)),
         (2 * levels - 1, _of(found, "UNet", plan)),
     ]
-    costs = [*steps, *ends]
-    return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
+    return _add_up([*steps, *ends])
 
 
 def _step(found: dict, plan: str, decoder: str) -> tuple[float, int]:
-    """Seconds and peak of an inner step: the gradient, and a decode for its length."""
-    gradient = [f"step{decoder}"] if plan != FREE else ["UNet", f"decode with VJP{decoder}"]
-    costs = [_of(found, call, plan) for call in (*gradient, f"decode{decoder}")]
-    return sum(seconds for seconds, _ in costs), max(peak for _, peak in costs)
+    """Seconds and peak of an inner step: the gradient, and decodes for its length."""
+    gradient = [(1, "UNet"), (1, f"decode with VJP{decoder}")] if plan == FREE else [(1, f"step{decoder}")]
+    length = 1 if plan == FREE else LENGTHS, f"decode{decoder}"
+    return _add_up([(count, _of(found, call, plan)) for count, call in (*gradient, length)])
+
+
+def _add_up(costs: list[tuple[float, tuple[float, int]]]) -> tuple[float, int]:
+    """Seconds of so many calls of each kind, and the highest of their peaks."""
+    return sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
 
 
 def _of(found: dict, call: str, plan: str) -> tuple[float, int]:
@@ -224,8 +229,7 @@ def _of(found: dict, call: str, plan: str) -> tuple[float, int]:
 def tell_whole(found: dict) -> None:
     weights = found["step", "one graph"]["weights"]
     calls = [(STEPS, "UNet, batch of 2"), (1, "encode"), (1, "decode")]
-    costs = [(count, _of(found, call, "one graph")) for count, call in calls]
-    stock = sum(count * seconds for count, (seconds, _) in costs), max(peak for _, (_, peak) in costs)
+    stock = _add_up([(count, _of(found, call, "one graph")) for count, call in calls])
     print(f"\none image, {STEPS} steps, guidance; weights of UNet and VAE: {in_units(weights)}\n")
     print(f"{'':62}{'seconds':>10}{'x stock':>9}{'peak above':>13}{'x stock, with weights':>24}")
     rows = [("stock", None, *stock)]

@@ -304,7 +304,7 @@ def test_secant_steps_approach_the_map_no_slower_than_analytic_ones_and_with_few
     (distance, decodes), (analytic, two_each), (fixed, _) = solve("secant"), solve("analytic"), solve(safe)
     assert distance <= analytic * (1 + 1e-9) < fixed
     assert 20 + 1 <= decodes <= two_each == 2 * 20
-    assert decodes < two_each or distance == pytest.approx(analytic)  # where no trial is believed the rules are the same
+    assert decodes < two_each or distance == pytest.approx(analytic)  # no trial believed: the same steps
 
 
 def test_a_secant_step_is_bounded_where_its_trial_was_not_as_it_should_be():
