@@ -253,6 +253,7 @@ def test_rows_are_the_metrics_of_the_results(finished, pipe, plan: Plan) -> None
             assert found.seconds >= 0 and found.residual > 0
             solved = isinstance(method, Solver)
             assert (found.denoise > 0) == (found.decode + found.draft > 0) == solved
+            assert 0 < found.outside < 1 if solved else found.outside == 1
             if method is CEILING:
                 assert found.ratio == pytest.approx(1, abs=0.1)
 

@@ -55,10 +55,15 @@ class Report:
         return [hypot(s, e) for s, e in zip(self.sigma_y, self.vae_error, strict=True)]
 
     @property
+    def in_networks(self) -> float:
+        """Seconds that were spent in the networks."""
+        return _sum(self.seconds, *NETWORKS)
+
+    @property
     def overhead(self) -> float:
         """Share of the solve's time that was spent outside the networks, in [0, 1]."""
         total = self.seconds.get("total", 0.0)
-        return 1 - _sum(self.seconds, *NETWORKS) / total if total else 0.0
+        return 1 - self.in_networks / total if total else 0.0
 
     def to_dict(self) -> dict:
         """Every field, `expected` and `overhead`, as plain Python values."""

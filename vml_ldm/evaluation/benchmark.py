@@ -41,8 +41,8 @@ class BenchmarkRow:
     and SSIM of the whole image, its EfficientNet-Lite0 distance (None without the weights), rms of y - A(image) before
     the step in pixels and the clamp, the VAE's round-trip error of the truth as the operator sees it (both in units of
     y), and seconds for one image (a batch's time over its size). What came later may be None: how often the networks
-    ran, forward and backward ("draft" is the small decoder), and MiB that the call held at the most beyond what was
-    held before it, for its whole batch.
+    ran, forward and backward ("draft" is the small decoder), MiB that the call held at the most beyond what was held
+    before it, for its whole batch, and the share of the call's time that was spent outside the networks.
     """
 
     image: str
@@ -64,11 +64,16 @@ class BenchmarkRow:
     draft: int | None = None
     draft_vjp: int | None = None
     memory: float | None = None
+    outside: float | None = None
 
     @property
     def ratio(self) -> float:
         """``residual / sqrt(sigma_y^2 + vae_error^2)``."""
         return self.residual / max((self.sigma_y**2 + self.vae_error**2) ** 0.5, 1e-12)
+
+    @property
+    def percent_outside(self) -> float | None:
+        return None if self.outside is None else 100 * self.outside
 
     @property
     def denoiser_calls(self) -> int | None:
@@ -226,6 +231,7 @@ class Benchmark(comparison.Comparison):
                 cost.seconds / len(cases),
                 **{name: answer.calls.get(name, 0) for name in CALLS},
                 memory=cost.memory,
+                outside=1 - answer.in_networks / cost.seconds,
             )
             for case, values in zip(cases, figures, strict=True)
         ]

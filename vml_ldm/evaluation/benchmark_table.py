@@ -36,13 +36,15 @@ _COLUMNS = (
     Column("denoiser_calls", "denoiser calls", 0, paired=False),
     Column("decoder_calls", "decoder calls", 0, paired=False),
     Column("memory", "peak MiB", 0, paired=False),
+    Column("percent_outside", "outside the networks (%)", 1, paired=False),
 )
 _NOTES = (
     "Means over the images; whole images count. Seconds are for one image. For linear operators vml, vml-free and "
     "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff has its authors' settings and "
     "does not.",
     "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
-    "held before it. Both only where every row has them.",
+    "held before it. Outside the networks: what is neither theirs nor the encoder's of a call's time. These only where "
+    "every row has them.",
     "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
     "error of the truth as the operator sees it.",
     "start: the operator's pseudo-inverse, or what it begins from if it is not linear. smooth: the smoothest image "

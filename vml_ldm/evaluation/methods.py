@@ -24,11 +24,13 @@ _AZULA = "azula-"  # methods of azula's, by its names
 
 
 class Answer(NamedTuple):
-    """Images (B, 3, H, W) in [0, 1] on the CPU; (B,) rms of y - A(image), before the clamp; network calls."""
+    """Images (B, 3, H, W) in [0, 1] on the CPU; (B,) rms of y - A(image), before the clamp; network calls, and the
+    seconds that were spent in them."""
 
     image: Tensor
     residual: Tensor
     calls: Mapping[str, int] = MappingProxyType({})
+    in_networks: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Solver:
             return_report=True,
             **common | self.arguments(problem.task, problem.sigma_y),
         )
-        return Answer(out.images.float().cpu(), torch.tensor(out.report.residual), out.report.calls)
+        residual = torch.tensor(out.report.residual)
+        return Answer(out.images.float().cpu(), residual, out.report.calls, out.report.in_networks)
 
 
 @dataclass(frozen=True)
