@@ -272,6 +272,25 @@ def test_a_step_goes_back_where_v_says_to_go_on_and_the_nll_rose():
         assert believed[0] == ~rose[0] and not believed[2]
 
 
+def test_a_step_does_not_rely_on_a_gradient_that_outgrows_those_it_is_made_of():
+    """The minimiser is at 2.5 times the trial. Across d v grows: foretold there 1 + 2.5 times as long, or hardly."""
+    v, d = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
+    images = lambda rows: torch.stack(rows).reshape(2, 1, 1, 2)  # noqa: E731
+    v_trial = images([torch.tensor([0.6, 3.0]), torch.tensor([0.6, 0.1])])
+    eta, v_end, believed = secant_length(images([v, v]), v_trial, images([d, d]), torch.ones(2), FELL[:2])
+    assert believed.tolist() == [False, True] and eta.tolist() == pytest.approx([1.0, 2.5])
+    assert torch.equal(v_end[0], v_trial[0]) and v_end[1].flatten().tolist() == pytest.approx([0.0, 0.25], abs=1e-6)
+
+
+def test_no_secant_step_is_longer_than_the_level_s_noise():
+    rule = InnerStep("secant").begin("exact", noise=0.5)
+    v, nll, long = torch.ones(1, 1, 2, 2), torch.ones(1), lambda d, v: torch.tensor([7.0])
+    d, eta = rule(torch.zeros_like(v), v, nll, long)
+    assert (eta * d).square().mean().sqrt() == 0.5
+    rule(torch.zeros_like(v), 2 * v, nll, long)  # v rises: the next trial's length is `long` again
+    assert (rule.eta * rule.d).square().mean().sqrt() == pytest.approx(0.5)
+
+
 class Counting:
     """A prior that counts its decodes."""
 
@@ -309,7 +328,7 @@ def test_secant_steps_approach_the_map_no_slower_than_analytic_ones_and_with_few
 
 def test_a_secant_step_is_bounded_where_its_trial_was_not_as_it_should_be():
     """Of two images one had a trial as it should be; along the other's the gradient rose."""
-    rule = InnerStep("secant").begin("exact")
+    rule = InnerStep("secant").begin("exact", noise=9.0)
     v, nll, asked = torch.ones(2, 1, 1, 1, **DOUBLE), torch.ones(2, **DOUBLE), []
 
     def length(d, v):

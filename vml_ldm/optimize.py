@@ -36,6 +36,7 @@ _PROBE = 0.05  # rms change of the latent over which the decoder's directional d
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
 _BACK = 0.2  # of a trial's length, is the least that a step goes
 _TRUST = (0.5, 3.0)  # between these, of its trial's length, a step's best length is believed
+_GROWTH = 2.0  # more than so many times as long as the gradients that it is made of, a foretold one is not believed
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,15 @@ class InnerStep:
         if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
             raise ValueError(f"cg_steps is {self.cg_steps!r}; expected a whole number >= 1.")
 
-    def begin(self, jacobian: str) -> Rule:
-        """The rule with the state that it keeps through one level."""
+    def begin(self, jacobian: str, noise: float) -> Rule:
+        """The rule with the state that it keeps through one level, of that noise in VE units."""
         if callable(self.rule):
             return _Optimised(self.rule)
         if self.rule not in RULES:
             return _Fixed(self.rule)
         if self.precondition != "none":
             return _Fixed(1.0)
-        return _Secant() if self.rule == "secant" and jacobian == "exact" else _Conjugate()
+        return _Secant(noise) if self.rule == "secant" and jacobian == "exact" else _Conjugate()
 
 
 class Descent(NamedTuple):
@@ -136,7 +137,7 @@ def descend(
     residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
     taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     image = None
-    rule, movable = step.begin(jacobian), getattr(prior, "movable", lambda change: change)
+    rule, movable = step.begin(jacobian, at["noise"]), getattr(prior, "movable", lambda change: change)
     for _ in range(steps if alpha > 0 else 0):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         data = data_term(z0_hat, prior=prior, measurement=measurement)
@@ -178,24 +179,32 @@ class _Secant:
     conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
     what the gradient is at its end, where the next direction begins. A step takes no call of a network beyond its
     gradient's. Where that is not to be believed (see `secant_length`), and for a level's first step, the next trial has
-    the bounded length of `_Conjugate`, for one decode.
+    the bounded length of `_Conjugate`, for one decode. No step is longer than the level's noise, in the rms of x:
+    beyond, x is no sample of any z0 near it, and what a gradient told is no longer so.
     """
 
-    def __init__(self):
+    def __init__(self, noise: float):
+        self.noise = noise
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
         self.nll = None  # at the point before the trial's
 
     def __call__(self, x: Tensor, v: Tensor, nll: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         if self.v is None:
-            self.v, self.d, self.eta, self.nll = v, v, length(v, v), nll
+            self.v, self.d, self.eta, self.nll = v, v, self._within_noise(length(v, v), v), nll
             return self.d, self.eta
         eta, v_end, believed = secant_length(self.v, v, self.d, self.eta, nll > self.nll)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
         if not believed.all():
             trial = torch.where(believed, trial, length(d, v_end))
+        trial = self._within_noise(trial, d)
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
         self.v, self.d, self.eta, self.nll = v_end, d, trial, nll
         return move, torch.ones_like(eta)
+
+    def _within_noise(self, eta: Tensor, d: Tensor) -> Tensor:
+        """eta, or less: so that ``eta d`` is no longer than the level's noise."""
+        rms = (squares(d) / d[0].numel()).sqrt()
+        return torch.minimum(eta, self.noise / rms.clamp(min=torch.finfo(d.dtype).tiny))
 
 
 class _Fixed:
@@ -296,9 +305,9 @@ def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor, rose: Te
     For a quadratic loss v is affine along d: ``v(eta) = v - eta (v - v_trial) / trial``, and the minimiser is at
     ``eta = trial <v, d> / <v - v_trial, d>``. That is believed between half and three times of the trial's length.
     Nearer, the step goes back, to no less than a fifth. Further, or where v does not fall along d, the step ends at the
-    trial point, where v is known. Where v says to go on though y's nll rose on the way, the two contradict each other,
-    and the step goes back to a fifth: seldom (one trial in 800 on validation images), but without it a state may stay
-    in a basin far from y.
+    trial point, where v is known; so too where it would foretell a v of more than twice the length of both. Where v
+    says to go on though y's nll rose on the way, the two contradict each other, and the step goes back to a fifth. (The
+    last two are seldom, but without them a state may end in a basin far from y.)
 
     Args:
         v, v_trial: (B, c, h, w), minus the gradients, <v, d> > 0.
@@ -312,10 +321,12 @@ def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor, rose: Te
     """
     fall, (least, most) = dot(v - v_trial, d), _TRUST
     share = torch.where(fall > 0, dot(v, d) / fall.clamp(min=torch.finfo(v.dtype).tiny), torch.inf)
+    at = lambda share: v_trial - column(share - 1, v) * (v - v_trial)  # noqa: E731
+    grows = squares(at(share.clamp(1, most))) > _GROWTH**2 * torch.maximum(squares(v), squares(v_trial))
     contradicted = rose & (share > 1)
-    believed = (share > least) & (share < most) & ~contradicted
-    share = torch.where(contradicted, _BACK, torch.where(share < most, share.clamp(min=_BACK), 1.0))
-    return share * trial, v_trial - column(share - 1, v) * (v - v_trial), believed
+    believed = (share > least) & (share < most) & ~grows & ~contradicted
+    share = torch.where(believed, share, torch.where(contradicted, _BACK, share.clamp(_BACK, 1)))
+    return share * trial, at(share), believed
 
 
 def step_length(
