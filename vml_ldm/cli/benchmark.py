@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     )
     try:
         table = benchmark.run(plan, pipe, rows, solve=not options.table)
-    except FileExistsError as error:
+    except (FileExistsError, FileNotFoundError) as error:
         raise UsageError(one_line(error)) from error
     except KeyboardInterrupt:
         print(f"\nRows and table so far are in {rows.folder}; the same command goes on from there.", file=sys.stderr)

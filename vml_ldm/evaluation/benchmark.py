@@ -18,7 +18,7 @@ from torch import Tensor
 from vml_ldm.adapters.diffusers import StableDiffusionPrior
 from vml_ldm.evaluation import comparison, metrics
 from vml_ldm.evaluation.benchmark_table import benchmark_table, standing, summary, verdicts
-from vml_ldm.evaluation.budgets import equalise, tell
+from vml_ldm.evaluation.budgets import check_shared, equalise, tell
 from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case, stack_truth
 from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver, at_steps
@@ -194,8 +194,14 @@ class Benchmark(comparison.Comparison):
                 self._spend(method, method.tasks[0], WARM_UP_STEPS)
 
     def equalise(self) -> None:
-        """Give every solver the steps that `Plan.equal` asks for."""
+        """Give every solver the steps that `Plan.equal` asks for; parts take those that the folder has.
+
+        Raises:
+            FileExistsError, FileNotFoundError: the folder's are for another cost; a part finds none.
+        """
         if self.plan.equal:
+            if self.rows.part:
+                check_shared(self.rows.folder)
             if self.plan.equal == "seconds":
                 self.warm_up()
             asked = (self.plan.methods, self.plan.tasks, self.plan.equal, self.rows.folder)

@@ -21,6 +21,19 @@ Steps = dict[str, dict[str, int]]  # method -> task -> number of steps
 Spend = Callable[[Solver, str, "int | None"], float]
 
 
+def check_shared(folder: Path) -> None:
+    """Refuse a part of a comparison whose steps nobody has found yet: each part would find its own.
+
+    Raises:
+        FileNotFoundError: the folder has no steps.
+    """
+    if not (folder / _FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder / _FILE} is missing; expected the steps that all parts take. Run the same command once with "
+            "--images 1 and without --part, then the parts."
+        )
+
+
 def equalise(
     methods: Sequence[Solver | Naive], tasks: Sequence[str], cost: str, folder: Path, spend: Spend
 ) -> tuple[Solver | Naive, ...]:
