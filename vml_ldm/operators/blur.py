@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Compose, LinearOperator, check_rho, expect
+from .base import Compose, LinearOperator, check_rho, expect, own
 from .pointwise import Gamma
 from .separable import Separable
 
@@ -42,6 +42,7 @@ class Blur(LinearOperator):
         self.kernel = kernel if kernel.ndim == 4 else kernel[None, None]
         self.boundary = _check_boundary(boundary)
         self.closed_form = boundary == "circular"
+        self._spectra: dict[tuple, Tensor] = {}
         height, width = kernel.shape[-2:]
         self._after = (0, 0) if self.closed_form else (height // 2, width // 2)
         self._before = (0, 0) if self.closed_form else ((height - 1) // 2, (width - 1) // 2)
@@ -53,13 +54,14 @@ class Blur(LinearOperator):
         for axis, index, weight in self._surroundings(image):
             seen = seen.index_select(axis, index) * weight
         top, left = self._before
-        return _filter(seen, self._transfer)[..., top : top + image.shape[2], left : left + image.shape[3]]
+        spread = self._filter(seen, lambda spectrum: spectrum)
+        return spread[..., top : top + image.shape[2], left : left + image.shape[3]]
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W): correlation with the kernel, what left the image folded back into it."""
         self._check(y, "y")
         (top, left), (below, right) = self._before, self._after
-        spread = _filter(F.pad(y, (left, right, top, below)), lambda x: self._transfer(x).conj())
+        spread = self._filter(F.pad(y, (left, right, top, below)), torch.conj)
         for axis, index, weight in self._surroundings(y):
             inside = torch.zeros_like(spread.narrow(axis, 0, y.shape[axis]))
             spread = inside.index_add(axis, index, spread * weight)
@@ -71,7 +73,7 @@ class Blur(LinearOperator):
             return super().solve(b, rho)
         self._check(b, "b")
         rho = check_rho(rho, b)
-        return _filter(b, lambda x: 1 / (self._transfer(x).abs().square() + rho))
+        return self._filter(b, lambda spectrum: 1 / (spectrum.abs().square() + rho))
 
     def _check(self, x: Tensor, name: str) -> None:
         kernels, channels = self.kernel.shape[:2]
@@ -86,13 +88,26 @@ class Blur(LinearOperator):
             index, weight = _extend(x.shape[axis], before, after, self.boundary)
             yield axis, index.to(x.device), weight.to(x).reshape(-1, *[1] * (3 - axis))
 
-    def _transfer(self, x: Tensor) -> Tensor:
-        """The kernel's half spectrum for x's size, its centre at the origin; a larger kernel wraps around."""
-        kernel, (height, width) = self.kernel.to(x), x.shape[2:]
-        down = (torch.arange(kernel.shape[2], device=x.device) - kernel.shape[2] // 2) % height
-        across = (torch.arange(kernel.shape[3], device=x.device) - kernel.shape[3] // 2) % width
-        canvas = x.new_zeros(*kernel.shape[:2], height, kernel.shape[3]).index_add(2, down, kernel)
-        return torch.fft.rfft2(canvas.new_zeros(*canvas.shape[:3], width).index_add(3, across, canvas))
+    def _filter(self, x: Tensor, response: Callable[[Tensor], Tensor]) -> Tensor:
+        """x with its half spectrum multiplied by a response to the kernel's.
+
+        Unless the boundary is circular, x is extended by all that the kernel reaches: zeros may follow it, up to a
+        length whose Fourier transform is fast.
+        """
+        size = x.shape[2:] if self.closed_form else [_fast_length(n) for n in x.shape[2:]]
+        filtered = torch.fft.irfft2(torch.fft.rfft2(x, s=size) * response(self._transfer(x, *size)), s=size)
+        return filtered[..., : x.shape[2], : x.shape[3]]
+
+    def _transfer(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The kernel's half spectrum for a size, its centre at the origin; a larger kernel wraps around. It is kept,
+        unless someone learns the kernel."""
+        if self.kernel.requires_grad:
+            return _transform(self.kernel.to(x), height, width)
+        key = height, width, x.dtype, x.device
+        if key not in self._spectra:
+            with torch.inference_mode(False):  # autograd may save it later
+                self._spectra[key] = _transform(own(self.kernel).to(x.device, x.dtype), height, width)
+        return self._spectra[key]
 
 
 class GaussianBlur(Separable):
@@ -206,9 +221,27 @@ def _draw_path(length: float, intensity: float, generator: torch.Generator) -> T
     return path - path.mean(0)
 
 
-def _filter(x: Tensor, response: Callable[[Tensor], Tensor]) -> Tensor:
-    """x with its half spectrum multiplied by ``response(x)``."""
-    return torch.fft.irfft2(torch.fft.rfft2(x) * response(x), s=x.shape[2:])
+def _transform(kernel: Tensor, height: int, width: int) -> Tensor:
+    """The half spectrum of a kernel on a canvas of a size, its centre at the origin."""
+    down = (torch.arange(kernel.shape[2], device=kernel.device) - kernel.shape[2] // 2) % height
+    across = (torch.arange(kernel.shape[3], device=kernel.device) - kernel.shape[3] // 2) % width
+    canvas = kernel.new_zeros(*kernel.shape[:2], height, kernel.shape[3]).index_add(2, down, kernel)
+    return torch.fft.rfft2(canvas.new_zeros(*canvas.shape[:3], width).index_add(3, across, canvas))
+
+
+def _fast_length(n: int) -> int:
+    """The least length >= n without a prime factor above 5."""
+    while _rest(n) > 1:
+        n += 1
+    return n
+
+
+def _rest(n: int) -> int:
+    """n without its factors 2, 3 and 5."""
+    for factor in (2, 3, 5):
+        while n % factor == 0:
+            n //= factor
+    return n
 
 
 def _extend(n: int, before: int, after: int, boundary: str) -> tuple[Tensor, Tensor]:

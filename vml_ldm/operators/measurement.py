@@ -102,8 +102,9 @@ class Measurement:
     def guess(self, size: tuple[int, int], *, noise: float | Tensor = 0.0, steps: int = 20) -> Tensor:
         """(B, 3, H, W) in [0, 1]: an image that agrees with y about as well as one can without a prior.
 
-        Of a linear operator with an adjoint, the smooth one: `smooth` with a slope of 0.1, from the operator's `start`,
-        clamped. Of any other, that start; if there is none, least squares from mid-grey: steps down |y - A(x)|^2, each
+        Of a linear operator with an adjoint, the smooth one: `smooth` with a slope of 0.1, from the operator's `start`
+        if that has a closed form, else from mid-grey, clamped. Of any other, its start; if there is none, least squares
+        from mid-grey: steps down |y - A(x)|^2, each
         as long as the minimiser of the linearised residual, clamped to [0, 1], and taken by those images that agree
         better for it; the others try half of it next.
 
@@ -116,12 +117,10 @@ class Measurement:
             ValueError: the operator's start has another size.
         """
         grey = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
-        try:
-            image = self.start()
-        except NoStartError:
-            image = self._search(grey, steps)
+        linear = is_linear(self.operator)
+        image = grey if linear and not solves(self.operator) else self._begin(grey, steps)
         expect(image, "the operator's start(y)", tuple(grey.shape), "It is an image of the model's size.")
-        if is_linear(self.operator):
+        if linear:
             noise = torch.as_tensor(noise, dtype=image.dtype, device=image.device).clamp(min=_LEAST_NOISE)
             image = self.smooth(image, noise=noise, slope=_SLOPE).clamp(0, 1)
         return image
@@ -149,6 +148,13 @@ class Measurement:
         with uncast(image):
             b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
             return image + solve_smooth(self.operator, b, weight)
+
+    def _begin(self, grey: Tensor, steps: int) -> Tensor:
+        """The operator's start; if there is none, least squares from grey."""
+        try:
+            return self.start()
+        except NoStartError:
+            return self._search(grey, steps)
 
     def _search(self, image: Tensor, steps: int) -> Tensor:
         """Least squares from an image, see `guess`."""

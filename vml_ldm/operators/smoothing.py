@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,11 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor) -> Tensor:
     channels = b.shape[1]
     stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
     seen = operator.adjoint(operator(torch.ones_like(b))).abs()
-    grids = [(rows, columns) for rows, columns in zip(_grids(b, 2), _grids(b, 3), strict=True)]
-    diagonals = [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in grids]
+    grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
+    diagonals = [seen + stiffness]
+    for i in range(1, len(grids) + 1):
+        rows, columns = (reduce(torch.matmul, axis) for axis in zip(*grids[:i], strict=True))
+        diagonals.append((rows**2).mT @ seen @ columns**2 + stiffness)
     return conjugate_gradients(
         lambda v: operator.adjoint(operator(v)) + weight * roughness_gradient(v),
         b,
@@ -50,20 +53,25 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def _on_all_grids(r: Tensor, grids: list[tuple[Tensor, Tensor]], diagonals: list[Tensor]) -> Tensor:
-    """``sum_l P_l D_l^-1 P_l^T r``: on each grid l, r divided by the diagonal there."""
-    return r / diagonals[0] + sum(
-        rows @ (rows.mT @ r @ columns / d) @ columns.mT
-        for (rows, columns), d in zip(grids[1:], diagonals[1:], strict=True)
-    )
+    """``sum_l P_l D_l^-1 P_l^T r``: on each grid l, r divided by the diagonal there.
+
+    P_l is a product of interpolations: what r is on a grid is made from the finer one, and the sum the other way round.
+    """
+    here = r / diagonals[0]
+    if not grids:
+        return here
+    (rows, columns), *coarser = grids
+    return here + rows @ _on_all_grids(rows.mT @ r @ columns, coarser, diagonals[1:]) @ columns.mT
 
 
-def _grids(image: Tensor, axis: int) -> list[Tensor]:
-    """Interpolation P_l from ever coarser grids, (n, n_l), n_0 = n; each has half as many points, down to one."""
-    n, other = image.shape[axis], image.shape[5 - axis]
-    grids = [torch.eye(n, dtype=image.dtype, device=image.device)]
-    while 2 ** len(grids) <= max(n, other):
-        grids.append(grids[-1] @ _interpolation(grids[-1].shape[1]).to(image))
-    return grids
+def _interpolations(image: Tensor, axis: int) -> list[Tensor]:
+    """From ever coarser grids to the next finer one, (n_l, n_(l+1)), n_0 = n; each has half as many points."""
+    n, longest = image.shape[axis], max(image.shape[2:])
+    found = []
+    while 2 ** (len(found) + 1) <= longest:
+        found.append(_interpolation(n).to(image))
+        n = found[-1].shape[1]
+    return found
 
 
 def _interpolation(n: int) -> Tensor:
