@@ -39,6 +39,7 @@ from vml_ldm.operators import (
     motion_kernel,
     squares,
 )
+from vml_ldm.operators.blur import _fast_length
 from vml_ldm.operators.smoothing import roughness_gradient
 
 SIZE = (16, 8)
@@ -355,6 +356,26 @@ def test_a_bright_pixel_shows_the_kernel():
     x[..., 4, 4] = 1
     kernel = kernels()[0, 0].float()
     assert torch.allclose(Blur(kernel)(x)[0, 0, 2:6, 3:6], kernel, atol=1e-6)
+
+
+def test_a_blur_keeps_its_spectrum_for_autograd_and_for_a_kernel_that_is_learnt():
+    """Made in inference mode it serves autograd later; a kernel with a gradient is transformed anew each time."""
+    blur, x = Blur(kernels()), images().requires_grad_()
+    with torch.inference_mode():
+        seen = blur(x)
+    (gradient,) = torch.autograd.grad(blur(x), x, seen.clone())
+    assert torch.allclose(gradient, blur.adjoint(seen.clone()))
+    learnt = kernels().requires_grad_()
+    moving = Blur(learnt)
+    for _ in range(2):  # a kept graph would be gone the second time
+        (slope,) = torch.autograd.grad(moving(images()).square().sum(), learnt)
+    ahead = Blur(learnt.detach() + 1e-8 * slope)(images()).square().sum() - moving(images()).square().sum()
+    assert torch.allclose(ahead, 1e-8 * slope.square().sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("n, fast", [(1, 1), (128, 128), (146, 150), (7, 8), (11, 12), (241, 243)])
+def test_a_fast_length_has_small_prime_factors(n, fast):
+    assert _fast_length(n) == fast
 
 
 def test_each_image_may_have_its_kernel():
