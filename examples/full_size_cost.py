@@ -33,7 +33,7 @@ from vml_ldm.presets import PRESETS
 from vml_ldm.report import in_units
 
 STEPS = 50  # stock's
-LENGTHS = 0.25  # decodes for its length that an exact inner step takes in the mean, see docs/cost; Jacobian-free one
+LENGTHS = 0.26  # decodes for its length that an exact inner step takes in the mean, see docs/cost; Jacobian-free one
 LEVEL = {"alpha": 0.7, "sigma": 0.7}
 PLANS = {
     "one graph": Plan(),

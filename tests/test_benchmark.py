@@ -494,6 +494,8 @@ def test_verdicts_name_linear_tasks_and_who_is_not_behind() -> None:
     assert lines[2].startswith("- half: vml is not ahead of red-diff. ")
     assert len(lines) == 3
     assert verdicts([group(1.0, task="jpeg")]) == ""
+    alone = Group(far.labels, {"vml": far.rows["vml"], "vae-round-trip": far.rows["vae-round-trip"]})
+    assert verdicts([alone]).splitlines()[-1] == "- sr4: no other method to compare vml with."
 
 
 def test_verdicts_are_over_the_noises_and_name_a_noise_where_it_is_not_so() -> None:

@@ -114,6 +114,8 @@ def _verdict(task: str, groups: Sequence[Group]) -> str:
     whole = over_noises(groups)
     if len(whole.rows[first]) < FEWEST:
         return f"- {task}: fewer than {FEWEST} images, too few to say who is ahead."
+    if not rivals:
+        return f"- {task}: no other method to compare {first} with."
     level = [method for method in rivals if not is_ahead(whole, first, method)]
     parts = [f"- {task}: {first} is " + (f"not ahead of {', '.join(level)}" if level else "ahead of all others")]
     alone = lambda g, method: g.labels[1] + " (behind)" * bool(_behind(g, first, method))  # noqa: E731
