@@ -365,6 +365,8 @@ def test_a_blur_keeps_its_spectrum_for_autograd_and_for_a_kernel_that_is_learnt(
         seen = blur(x)
     (gradient,) = torch.autograd.grad(blur(x), x, seen.clone())
     assert torch.allclose(gradient, blur.adjoint(seen.clone()))
+    blur.kernel.mul_(2)
+    assert torch.allclose(blur(images()), 2 * seen)
     learnt = kernels().requires_grad_()
     moving = Blur(learnt)
     for _ in range(2):  # a kept graph would be gone the second time

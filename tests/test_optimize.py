@@ -282,7 +282,7 @@ def test_a_step_does_not_rely_on_a_gradient_that_outgrows_those_it_is_made_of():
     assert torch.equal(v_end[0], v_trial[0]) and v_end[1].flatten().tolist() == pytest.approx([0.0, 0.25], abs=1e-6)
 
 
-def test_no_secant_step_is_longer_than_the_level_s_noise():
+def test_no_trial_is_further_than_the_level_s_noise():
     rule = InnerStep("secant").begin("exact", noise=0.5)
     v, nll, long = torch.ones(1, 1, 2, 2), torch.ones(1), lambda d, v: torch.tensor([7.0])
     d, eta = rule(torch.zeros_like(v), v, nll, long)

@@ -179,7 +179,7 @@ class _Secant:
     conjugate gradients with the Hessian, as a difference of gradients), and so how long the step should have been and
     what the gradient is at its end, where the next direction begins. A step takes no call of a network beyond its
     gradient's. Where that is not to be believed (see `secant_length`), and for a level's first step, the next trial has
-    the bounded length of `_Conjugate`, for one decode. No step is longer than the level's noise, in the rms of x:
+    the bounded length of `_Conjugate`, for one decode. No trial is further than the level's noise, in the rms of x:
     beyond, x is no sample of any z0 near it, and what a gradient told is no longer so.
     """
 

@@ -23,8 +23,8 @@ CEILING = "vae-round-trip"
 _AHEAD = "Ahead: in PSNR or in distance, by a paired 95 % interval of each image's mean over the noises."
 _LEAST_GAIN = 0.2  # dB; of a method that is level, the interval is above minus this
 _LEVEL = (
-    "Against the best of the others by PSNR, in each task: mean paired differences and their 95 % intervals. Level: "
-    f"that of the PSNR above -{_LEAST_GAIN} dB, that of the distance not above zero."
+    "Against the best of the others by PSNR, in each task: mean paired differences to it and their 95 % intervals. "
+    f"Level: that of the PSNR above -{_LEAST_GAIN} dB, that of the distance not above zero."
 )
 _COLUMNS = (
     Column("psnr", "PSNR (dB) ↑", 2),
@@ -143,7 +143,7 @@ def standing(groups: Sequence[Group]) -> str:
     if not told:
         return ""
     first, *_ = told[0].rows
-    head = ["task", "sigma_y", "best other", f"PSNR of {first} - its", "distance", "level or ahead"]
+    head = ["task", "sigma_y", "best other", f"{first}: PSNR (dB)", "distance", "level or ahead"]
     pairs = [(group.rows[first], group.rows[_best(group)]) for group in told]
     lines = [[*group.labels[:2], _best(group), *_stand(*pair)] for group, pair in zip(told, pairs, strict=True)]
     shared = set.intersection(*({row.image for row in ours} for ours, _ in pairs))

@@ -103,7 +103,8 @@ class Blur(LinearOperator):
         unless someone learns the kernel."""
         if self.kernel.requires_grad:
             return _transform(self.kernel.to(x), height, width)
-        key = height, width, x.dtype, x.device
+        version = None if self.kernel.is_inference() else self.kernel._version  # it may be changed, or another one
+        key = height, width, x.dtype, x.device, id(self.kernel), version
         if key not in self._spectra:
             with torch.inference_mode(False):  # autograd may save it later
                 self._spectra[key] = _transform(own(self.kernel).to(x.device, x.dtype), height, width)

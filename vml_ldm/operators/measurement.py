@@ -104,9 +104,8 @@ class Measurement:
 
         Of a linear operator with an adjoint, the smooth one: `smooth` with a slope of 0.1, from the operator's `start`
         if that has a closed form, else from mid-grey, clamped. Of any other, its start; if there is none, least squares
-        from mid-grey: steps down |y - A(x)|^2, each
-        as long as the minimiser of the linearised residual, clamped to [0, 1], and taken by those images that agree
-        better for it; the others try half of it next.
+        from mid-grey: steps down |y - A(x)|^2, each as long as the minimiser of the linearised residual, clamped to
+        [0, 1], and taken by those images that agree better for it; the others try half of it next.
 
         Args:
             size: (height, width) in pixels.
