@@ -30,6 +30,7 @@ from vml_ldm.evaluation.tuning import best_settings
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
+_PROBED = 4  # images, for what the first method costs
 CALLS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "draft", "draft_vjp")
 
 
@@ -208,11 +209,15 @@ class Benchmark(comparison.Comparison):
             self.plan = replace(self.plan, methods=equalise(*asked, self._spend))
 
     def _spend(self, method: Solver, task: str, steps: int | None) -> float:
-        """Seconds or network calls of a method on the first image, with so many steps or (None) the plan's."""
-        problem = self.pose(Place(task, self.plan.noises[0]), self.cases[:1])
+        """Seconds for an image, or network calls, of a method: on the first image with so many steps, or (None) the
+        mean over the first four with the plan's, for a solver may rest early on one of them."""
         asked = method if steps is None else at_steps(method, lambda task: steps)
-        answer, cost = measured(lambda: self._answer(asked, problem), self.pipe.device)
-        return cost.seconds if self.plan.equal == "seconds" else float(sum(answer.calls.values()))
+        spent = []
+        for case in self.cases[: _PROBED if steps is None else 1]:
+            problem = self.pose(Place(task, self.plan.noises[0]), [case])
+            answer, cost = measured(lambda: self._answer(asked, problem), self.pipe.device)  # noqa: B023 - called now
+            spent.append(cost.seconds if self.plan.equal == "seconds" else sum(answer.calls.values()))
+        return sum(spent) / len(spent)
 
     def measure(self, method: Solver | Naive, place: Place, cases: Sequence[Case]) -> list[BenchmarkRow]:
         """Run one method on one batch; save the images and return the rows."""

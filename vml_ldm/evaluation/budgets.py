@@ -1,7 +1,7 @@
 """Step counts at which every solver costs what the first one does: ``vml-ldm benchmark --equal seconds | calls``.
 
 A solver's cost is taken for a straight line in its number of steps. Two short solves of one image give the line for
-each task, and the first method's cost at its own number of steps is where the lines are read. What was found is kept in
+each task, and the first method's mean cost on four images is where the lines are read. Images are solved alone. What was found is kept in
 ``budgets.json`` beside the rows, so that a comparison goes on with the same steps.
 """
 
@@ -30,7 +30,7 @@ def check_shared(folder: Path) -> None:
     if not (folder / _FILE).is_file():
         raise FileNotFoundError(
             f"{folder / _FILE} is missing; expected the steps that all parts take. Run the same command once with "
-            "--images 1 and without --part, then the parts."
+            "--images 4 and without --part, then the parts."
         )
 
 
