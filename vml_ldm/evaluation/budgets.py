@@ -1,8 +1,8 @@
 """Step counts at which every solver costs what the first one does: ``vml-ldm benchmark --equal seconds | calls``.
 
 A solver's cost is taken for a straight line in its number of steps. Two short solves of one image give the line for
-each task, and the first method's mean cost on four images is where the lines are read. Images are solved alone. What was found is kept in
-``budgets.json`` beside the rows, so that a comparison goes on with the same steps.
+each task, and the first method's mean cost on four images is where the lines are read. Images are solved alone. What
+was found is kept in ``budgets.json`` beside the rows, so that a comparison goes on with the same steps.
 """
 
 from __future__ import annotations
