@@ -5,7 +5,7 @@ import tiny
 
 from vml_ldm import VMLRestorePipeline
 from vml_ldm.evaluation import scaling
-from vml_ldm.evaluation.scaling import Point, fit, table, write
+from vml_ldm.evaluation.scaling import BASE, Point, fit, table, write
 
 
 def points(axis="levels", rest=0.0):
@@ -33,6 +33,8 @@ def test_every_level_and_step_is_paid_for(tmp_path, monkeypatch):
     found = {(point.axis, point.value): point.calls for point in scaling.measure(pipe)}
     fixed = 2 * found["levels", 2] - found["levels", 4]  # before the first level and after the last
     assert 0 < fixed < found["levels", 2]
-    assert found["side", 64**2] == found["side", 128**2] == found["batch", 1] == found["batch", 2]
+    alike = [found["side", 64**2], found["side", 128**2], found["batch", 1], found["batch", 2]]
+    lengths = BASE["levels"] * BASE["inner_steps"] - BASE["levels"]  # of trials, which take a decode or none
+    assert max(alike) - min(alike) <= lengths
     assert found["inner_steps", 2] > found["inner_steps", 1]
     assert "pixels" in table(points("side"))

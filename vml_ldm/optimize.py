@@ -154,7 +154,7 @@ def descend(
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
         v = movable(-alpha * pull(b))
-        d, eta = rule(x_t / alpha, v, nll, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
+        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken, image)
@@ -166,7 +166,7 @@ class _Conjugate:
     def __init__(self):
         self.v_last = self.d_last = None
 
-    def __call__(self, x: Tensor, v: Tensor, nll: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
         self.v_last, self.d_last = v, d
         return d, length(d, v)
@@ -186,19 +186,18 @@ class _Secant:
     def __init__(self, noise: float):
         self.noise = noise
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
-        self.nll = None  # at the point before the trial's
 
-    def __call__(self, x: Tensor, v: Tensor, nll: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         if self.v is None:
-            self.v, self.d, self.eta, self.nll = v, v, self._within_noise(length(v, v), v), nll
+            self.v, self.d, self.eta = v, v, self._within_noise(length(v, v), v)
             return self.d, self.eta
-        eta, v_end, believed = secant_length(self.v, v, self.d, self.eta, nll > self.nll)
+        eta, v_end, believed = secant_length(self.v, v, self.d, self.eta)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
         if not believed.all():
             trial = torch.where(believed, trial, length(d, v_end))
         trial = self._within_noise(trial, d)
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
-        self.v, self.d, self.eta, self.nll = v_end, d, trial, nll
+        self.v, self.d, self.eta = v_end, d, trial
         return move, torch.ones_like(eta)
 
     def _within_noise(self, eta: Tensor, d: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ class _Fixed:
     def __init__(self, eta: float):
         self.eta = eta
 
-    def __call__(self, x: Tensor, v: Tensor, nll: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         return v, v.new_full((len(v),), self.eta)
 
 
@@ -223,7 +222,7 @@ class _Optimised:
     def __init__(self, factory: OptimizerFactory):
         self.factory, self.x, self.optimizer = factory, None, None
 
-    def __call__(self, x: Tensor, v: Tensor, nll: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         if self.optimizer is None:
             self.x = torch.empty_like(x)
             self.optimizer = self.factory([self.x])
@@ -233,7 +232,7 @@ class _Optimised:
         return self.x - x, v.new_ones(len(v))
 
 
-Rule = _Conjugate | _Secant | _Fixed | _Optimised  # (x, v, nll, length) -> (direction, eta (B,)), in VE units
+Rule = _Conjugate | _Secant | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
 
 
 def precondition(
@@ -299,21 +298,20 @@ def conjugate(v: Tensor, v_last: Tensor, d_last: Tensor) -> Tensor:
     return torch.where(column(dot(v, d) > 0, v), d, v)
 
 
-def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor, rose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The length of a step along d, from v at its beginning and at a trial point; v where it ends; if it is believed.
 
     For a quadratic loss v is affine along d: ``v(eta) = v - eta (v - v_trial) / trial``, and the minimiser is at
     ``eta = trial <v, d> / <v - v_trial, d>``. That is believed between half and three times of the trial's length.
     Nearer, the step goes back, to no less than a fifth. Further, or where v does not fall along d, the step ends at the
-    trial point, where v is known; so too where it would foretell a v of more than twice the length of both. Where v
-    says to go on though y's nll rose on the way, the two contradict each other, and the step goes back to a fifth. (The
-    last two are seldom, but without them a state may end in a basin far from y.)
+    trial point, where v is known; so too where it would foretell a v of more than twice the length of both. (That is
+    seldom, but without it a state may end in a basin far from y. That y's nll rose on the way is no reason to go back:
+    the prior may draw the state away from y.)
 
     Args:
         v, v_trial: (B, c, h, w), minus the gradients, <v, d> > 0.
         d: (B, c, h, w), the direction.
         trial: (B,), how far along d the trial point is.
-        rose: (B,), whether the nll is larger at the trial point than it was before.
 
     Returns:
         (B,) eta; (B, c, h, w) v at eta; (B,) whether eta is believed to be the minimiser. Otherwise the loss is not as
@@ -323,9 +321,8 @@ def secant_length(v: Tensor, v_trial: Tensor, d: Tensor, trial: Tensor, rose: Te
     share = torch.where(fall > 0, dot(v, d) / fall.clamp(min=torch.finfo(v.dtype).tiny), torch.inf)
     at = lambda share: v_trial - column(share - 1, v) * (v - v_trial)  # noqa: E731
     grows = squares(at(share.clamp(1, most))) > _GROWTH**2 * torch.maximum(squares(v), squares(v_trial))
-    contradicted = rose & (share > 1)
-    believed = (share > least) & (share < most) & ~grows & ~contradicted
-    share = torch.where(believed, share, torch.where(contradicted, _BACK, share.clamp(_BACK, 1)))
+    believed = (share > least) & (share < most) & ~grows
+    share = torch.where(believed, share, share.clamp(_BACK, 1))
     return share * trial, at(share), believed
 
 
