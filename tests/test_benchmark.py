@@ -383,7 +383,7 @@ def test_a_comparison_at_equal_calls_has_about_as_many(pipe, plan: Plan, tmp_pat
 
 
 def test_a_part_takes_no_steps_of_its_own(pipe, plan: Plan, tmp_path: Path) -> None:
-    """Steps are found on one image by one process: parts would find different ones, and overwrite each other's."""
+    """One process finds the steps: parts would find different ones, and overwrite each other's."""
     asked = dataclasses.replace(plan, images=2, tasks=("sr4",), methods=(EXACT, RED), equal="calls", part=(2, 2))
     with pytest.raises(FileNotFoundError, match=r"budgets\.json is missing.*--images 4 and without --part"):
         run(asked, pipe, rows_in(tmp_path, "2of2"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -215,7 +216,7 @@ class Benchmark(comparison.Comparison):
         spent = []
         for case in self.cases[: _PROBED if steps is None else 1]:
             problem = self.pose(Place(task, self.plan.noises[0]), [case])
-            answer, cost = measured(lambda: self._answer(asked, problem), self.pipe.device)  # noqa: B023 - called now
+            answer, cost = measured(partial(self._answer, asked, problem), self.pipe.device)
             spent.append(cost.seconds if self.plan.equal == "seconds" else sum(answer.calls.values()))
         return sum(spent) / len(spent)
 

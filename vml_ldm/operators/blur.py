@@ -42,7 +42,7 @@ class Blur(LinearOperator):
         self.kernel = kernel if kernel.ndim == 4 else kernel[None, None]
         self.boundary = _check_boundary(boundary)
         self.closed_form = boundary == "circular"
-        self._spectra: dict[tuple, Tensor] = {}
+        self._spectra: dict[tuple, tuple[Tensor, Tensor]] = {}  # with the kernel, whose id is then no other's
         height, width = kernel.shape[-2:]
         self._after = (0, 0) if self.closed_form else (height // 2, width // 2)
         self._before = (0, 0) if self.closed_form else ((height - 1) // 2, (width - 1) // 2)
@@ -107,8 +107,9 @@ class Blur(LinearOperator):
         key = height, width, x.dtype, x.device, id(self.kernel), version
         if key not in self._spectra:
             with torch.inference_mode(False):  # autograd may save it later
-                self._spectra[key] = _transform(own(self.kernel).to(x.device, x.dtype), height, width)
-        return self._spectra[key]
+                spectrum = _transform(own(self.kernel).to(x.device, x.dtype), height, width)
+            self._spectra[key] = self.kernel, spectrum
+        return self._spectra[key][1]
 
 
 class GaussianBlur(Separable):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +40,9 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor) -> Tensor:
     stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
     seen = operator.adjoint(operator(torch.ones_like(b))).abs()
     grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
+    from_finest = zip(*(accumulate(axis, torch.matmul) for axis in zip(*grids, strict=True)), strict=True)
     diagonals = [seen + stiffness]
-    for i in range(1, len(grids) + 1):
-        rows, columns = (reduce(torch.matmul, axis) for axis in zip(*grids[:i], strict=True))
-        diagonals.append((rows**2).mT @ seen @ columns**2 + stiffness)
+    diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
     return conjugate_gradients(
         lambda v: operator.adjoint(operator(v)) + weight * roughness_gradient(v),
         b,
