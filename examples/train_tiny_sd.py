@@ -202,11 +202,13 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def vae_batch(originals: torch.Tensor, weights: list[float], progress: float, rng: random.Random) -> torch.Tensor:
-    """Eight augmented images: small windows at first (many cheap steps), whole frames at the end."""
+def vae_batch(
+    originals: torch.Tensor, weights: list[float], progress: float, rng: random.Random, count: int = 8
+) -> torch.Tensor:
+    """`count` augmented images: small windows at first (many cheap steps), whole frames at the end."""
     size = 64 if progress < 0.42 else 96 if progress < 0.52 else SIZE
     batch = []
-    for index in rng.choices(range(len(originals)), weights, k=8):
+    for index in rng.choices(range(len(originals)), weights, k=count):
         scale = 1.0 if size == SIZE and rng.random() < 0.5 else rng.uniform(0.85, 1.6)
         image = crop(originals[index], size, scale, rng)
         if size < SIZE and rng.random() < 0.25:
@@ -317,12 +319,61 @@ def new_tiny_vae() -> AutoencoderTiny:
     )
 
 
-def train_tiny_vae(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> AutoencoderTiny:
-    """Distil the finished autoencoder: the decoder that takes its place for a solver's gradients.
+class Drawings:
+    """Latents and what the finished autoencoder draws of them, a growing store: a small decoder takes many steps in the
+    time of one drawing, and sees each about four times.
 
-    A solver decodes the estimates of noisy levels too, so the decoder also learns latents with some noise, and blends
-    of two images' latents.
+    A solver decodes a denoiser's estimates, also those of noisy levels. Of the latents half are that, of an image at a
+    random level, and half the image's own or a blend of two images'; all have some noise on top.
+
+    Attributes:
+        z: (MOST, 4, 16, 16), the latents as the UNet sees them (scaled).
+        drawn: (MOST, 3, 128, 128), float16.
+        count: how many were ever added.
     """
+
+    MOST = 4096
+
+    def __init__(self, models: dict):
+        self.vae, self.unet, self.alphas = models["vae"], models["unet"], new_scheduler().alphas_cumprod
+        with torch.no_grad():
+            self.empty = models["text_encoder"](tokenize(models["tokenizer"], [""])).last_hidden_state
+        self.z = torch.empty(self.MOST, 4, SIZE // 8, SIZE // 8)
+        self.drawn = torch.empty(self.MOST, 3, SIZE, SIZE, dtype=torch.half)
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, images: torch.Tensor) -> torch.Tensor:
+        """Draw a latent of each image, in the place of the oldest once the store is full; the images' own latents."""
+        scale = self.vae.config.scaling_factor
+        with bfloat16():
+            mean = self.vae.encode(images).latent_dist.mode().float() * scale
+            blend = (torch.rand(len(mean), 1, 1, 1) - 0.5).clamp(min=0)  # none for half of the images
+            blended = mean.lerp(mean.roll(1, 0), blend)
+            z = torch.where(torch.rand_like(blend) < 0.5, self._estimate(mean), blended)
+            z = z + 0.2 * torch.rand_like(blend) * torch.randn_like(mean)
+            drawn = self.vae.decode(z / scale).sample.half()
+        rows = torch.arange(self.count, self.count + len(z)) % self.MOST
+        self.z[rows], self.drawn[rows] = z, drawn
+        self.count += len(z)
+        return mean
+
+    def _estimate(self, mean: torch.Tensor) -> torch.Tensor:
+        """The denoiser's estimates of latents at random levels, with the empty prompt."""
+        steps = torch.randint(1000, (len(mean),))
+        a = self.alphas[steps].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * mean + (1 - a).sqrt() * torch.randn_like(mean)
+        noise = self.unet(noisy, steps, encoder_hidden_states=self.empty.expand(len(mean), -1, -1)).sample.float()
+        return (noisy - (1 - a).sqrt() * noise) / a.sqrt()
+
+    def pick(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random latents and their drawings."""
+        which = torch.randint(min(self.count, self.MOST), (count,))
+        return self.z[which], self.drawn[which].float().contiguous(memory_format=torch.channels_last)
+
+
+def train_tiny_vae(args, models: dict, train: list[data.Item], validation: list[data.Item]) -> AutoencoderTiny:
+    """Distil the finished autoencoder: the decoder that takes its place for a solver's gradients, see `Drawings`."""
     torch.manual_seed(data.SEED)
     modules = {"tiny_vae": new_tiny_vae().to(memory_format=torch.channels_last)}
     run = Run("tiny_vae", modules, args, args.tiny_minutes, 2e-3)
@@ -330,27 +381,32 @@ def train_tiny_vae(args, vae: AutoencoderKL, train: list[data.Item], validation:
         rng = random.Random(data.SEED + run.step)
         originals, weights = data.load_originals(train), data.sampling_weights(train)
         checks = data.untouched(validation[::4])
-        scale = vae.config.scaling_factor
+        vae, drawings = models["vae"], Drawings(models)
+        latents = [vae.encode(part).latent_dist.mode() for part in checks.split(8)]
+        targets = torch.cat([vae.decode(part).sample for part in latents])
         torch.manual_seed(data.SEED + run.step)
+        for _ in range(16):
+            drawings.add(vae_batch(originals, weights, 1.0, rng))
 
-        def loss_of(modules, images):
-            with torch.no_grad(), bfloat16():
-                mean = vae.encode(images).latent_dist.mode().float() * scale
-                blend = (torch.rand(len(mean), 1, 1, 1) - 0.5).clamp(min=0)  # none for half of the images
-                z = mean.lerp(mean.roll(1, 0), blend) + 0.2 * torch.rand_like(blend) * torch.randn_like(mean)
-                target = vae.decode(z / scale).sample
+        def loss_of(modules, z, drawn, images, mean):
             with bfloat16():
                 decoded, encoded = modules["tiny_vae"].decode(z).sample, modules["tiny_vae"].encode(images).latents
-            loss, mse = image_loss(decoded.float() - target.float())
+            loss, mse = image_loss(decoded.float() - drawn)
             return loss + 0.1 * (encoded.float() - mean).square().mean(), mse
+
+        def step() -> tuple[float, float]:
+            images = vae_batch(originals, weights, 1.0, rng, count=2)
+            mean = drawings.add(images)
+            return run.update(loss_of, *drawings.pick(8), images, mean)
 
         @torch.no_grad()
         def check() -> dict:
-            latents = [vae.encode(part).latent_dist.mode() * scale for part in checks.split(8)]
-            decoded = torch.cat([run.ema["tiny_vae"].decode(part).sample for part in latents])
-            return {"validation_psnr": psnr(decoded, checks).mean().item()}
+            scaled = [part * vae.config.scaling_factor for part in latents]
+            decoded = torch.cat([run.ema["tiny_vae"].decode(part).sample for part in scaled])
+            found = {"validation_psnr": checks, "psnr_to_vae": targets.clamp(-1, 1)}
+            return {name: psnr(decoded, target).mean().item() for name, target in found.items()}
 
-        run.fit(lambda: run.update(loss_of, vae_batch(originals, weights, 1.0, rng)), check)
+        run.fit(step, check, every=500)
     return run.ema["tiny_vae"]
 
 
@@ -703,7 +759,7 @@ def main() -> None:
     models = train_diffusion(args, vae, train, validation)
     if args.decoder_minutes:
         tune_decoder(args, vae, train, validation)
-    models["gradient_vae"] = train_tiny_vae(args, vae, train, validation)
+    models["gradient_vae"] = train_tiny_vae(args, models, train, validation)
     output = args.output or args.work / "export"
     export(models, output)
     report(output, held_out)

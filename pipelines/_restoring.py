@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
-from vml_ldm.measuring import Measured, check_std, measure, settle, tell
+from vml_ldm.measuring import Measured, check_std, measure, pick_start, settle, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
-from vml_ldm.presets import EXPLICIT, STARTS, Settings, pick_levels, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
@@ -41,8 +41,9 @@ class RestoringMixin:
         started = time.perf_counter()
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
-        levels, chosen = self._levels(a, chosen)
         guess = observed.guess((a.height, a.width), noise=noise_std)
+        a.start = a.start or pick_start(observed, guess, self.vae_scale_factor)
+        levels, chosen = self._levels(a, chosen)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, len(guess))
@@ -58,6 +59,7 @@ class RestoringMixin:
                 solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}
+        about |= {"correct_steps": chosen.corrections(a.num_inference_steps)}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report
@@ -84,14 +86,13 @@ class RestoringMixin:
     def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, Settings]:
         """The levels, and the settings with the inner steps at each."""
         steps = a.num_inference_steps
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps is {steps!r}; expected a whole number >= 1.")
+        chosen = replace(chosen, start=a.start if a.solver == "vml" else None)
         count, inner_steps = chosen.split(steps)
         explicit = is_explicit(a)
         picks = a.solver == "vml" and inner_steps > 0 and not explicit
-        levels = self._plan(a, max(steps, count) if picks else count, chosen.renoise)
+        levels = self._plan(a, count_sampled(steps, count, a.start) if picks else count, chosen.renoise)
         if picks:
-            levels = levels.at(pick_levels(levels.noise, count))
+            levels = levels.at(pick_levels(levels.noise, count, a.start))
         elif explicit:
             inner_steps = chosen.inner_steps_of(len(levels), steps)
         if a.solver == "red-diff":
@@ -136,10 +137,13 @@ def _choose(a: SimpleNamespace) -> Settings:
     if not callable(a.solver):
         check_one_of("solver", a.solver, SOLVERS)
     check_one_of("output_type", a.output_type, OUTPUT_TYPES)
-    a.start = a.start or ("measurement" if a.solver == "red-diff" else "noise")
-    check_one_of("start", a.start, STARTS)
+    if a.start is None and a.solver != "vml":
+        a.start = "measurement" if a.solver == "red-diff" else "noise"
+    check_one_of("start", a.start, (*STARTS, None))
+    if not isinstance(a.num_inference_steps, int) or a.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {a.num_inference_steps!r}; expected a whole number >= 1.")
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in EXPLICIT}
+    given = {name: getattr(a, name) for name in (*EXPLICIT, "correct_steps")}
     if a.red is not None and a.solver != "red-diff":
         raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
     if a.solver == "vml":

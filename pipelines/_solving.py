@@ -346,6 +346,7 @@ class SolvingMixin:
             generator=a.generator,
             draft=view(prior.drafting(self._draft(prior.prior))) if self._is_drafting(a, chosen) else None,
             draft_last=chosen.use_gradient_vae == THROUGHOUT,
+            correct_steps=chosen.corrections(a.num_inference_steps),
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:

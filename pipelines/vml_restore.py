@@ -55,6 +55,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         preset: str = "balanced",
         jacobian: str | None = None,
         inner_steps: int | None = None,
+        correct_steps: int | None = None,
         renoise: float | None = None,
         use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
@@ -70,11 +71,12 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         - `prompt` may be left out: nothing in particular. One prompt serves several y; `num_images_per_prompt` makes so
           many images of each y.
         - `height` and `width` are those of the image, not of y.
-        - `num_inference_steps` is the budget of denoiser evaluations. VML makes K inner steps and one estimate for the
-          next state at each level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there are
-          ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them. RED-diff
-          makes one evaluation at each level. `num_timesteps`, the progress bar and callbacks count levels. Explicit
-          `timesteps` or `sigmas` are the levels and share the budget: K is lowered to what it pays, but not below 1.
+        - `num_inference_steps` is the budget of denoiser evaluations, and of corrections by the decoder, which cost
+          about as much. VML makes K inner steps and one estimate for the next state at each level, and corrects the
+          last estimate: there are ``(budget - corrections) // (K + 1)`` levels, and unless `inner_steps` is given, a
+          short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
+          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
+          and share the budget: K is lowered to what it pays, but not below 1.
         - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
           more than a tenth of that level's noise. RED-diff takes no guidance.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.
@@ -91,10 +93,14 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 `Prior`, a `Measurement` of the decoded image and a `Schedule` of `num_inference_steps` levels; it
                 returns a `vml_ldm.Solution` (`vml_ldm.solve.conclude` makes one). Callbacks and progress are its own.
             start: "noise", or "measurement": an image that agrees with y (`Measurement.guess`: the operator's own
-                ``start``, or least squares in pixels), encoded, and for VML noised to the first level. None: "noise"
-                for VML, "measurement" for RED-diff.
+                ``start``, or least squares in pixels), encoded, and for VML noised to the first level, which is the
+                noisiest of at most 1. None: "measurement"; for VML "noise" where the operator sees nothing of some
+                latent of an image of the batch (a hole, a burnt-out sky), see `Measurement.unseen`.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
+            correct_steps: of VML, steps that bring the last estimate nearer to y by the decoder alone
+                (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
+                for a start from noise.
             memory: as for `VMLInpaintPipeline`.
             pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's
                 noise lets: see `vml_ldm.measuring.settle`. For linear operators; others' images are the decoder's.

@@ -67,6 +67,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         preset: str = "balanced",
         jacobian: str | None = None,
         inner_steps: int | None = None,
+        correct_steps: int | None = None,
         renoise: float | None = None,
         use_gradient_vae: bool | str | None = None,
         memory: str | int = "auto",
@@ -84,8 +85,8 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
             y: what was observed, batch first: a tensor (B, ...) as the operator gives it, real or complex; or images.
             operator: image (B, 3, height, width) float32 in [0, 1] -> y, differentiable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; None is 0.
-            solver, start, preset, jacobian, inner_steps, renoise, use_gradient_vae, memory, pixel_step, red,
-                return_report: as for `VMLRestorePipeline`.
+            solver, start, preset, jacobian, inner_steps, correct_steps, renoise, use_gradient_vae, memory, pixel_step,
+                red, return_report: as for `VMLRestorePipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

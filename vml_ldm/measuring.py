@@ -16,7 +16,8 @@ from .operators import Mask, Measurement, is_linear, uncast
 from .report import Report
 from .solve import Metered, Solution
 
-_VAE_SHARE = 0.5  # of the VAE's round-trip error, in the sigma_y that the solver takes
+_VAE_SHARE = 0.25  # of the VAE's round-trip error, in the sigma_y that a restoration takes
+_KNOWN_SHARE = 0.5  # and that an inpainting takes, whose known pixels are pasted
 _MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder cannot draw; chosen on validation images
 _LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
@@ -48,12 +49,13 @@ def measure(
     prior: Metered,
     seen: Tensor | None = None,
     latent: Tensor | None = None,
+    share: float = _VAE_SHARE,
 ) -> Measured:
     """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
 
-    The decoder cannot draw y exactly, so the solver takes ``sqrt(sigma_y^2 + (vae_error / 2)^2)`` for its sigma_y,
+    The decoder cannot draw y exactly, so the solver takes ``sqrt(sigma_y^2 + (share vae_error)^2)`` for its sigma_y,
     ``vae_error = rms(seen - A(Dec(Enc(image))))``: a latent that was searched for comes closer than one that was
-    encoded (half was found on the validation images, for inpainting).
+    encoded (the shares were found on validation images).
 
     Args:
         operator: A.
@@ -62,6 +64,7 @@ def measure(
         seen: what the round trip should give back, shaped like y; None is A(image), for an image that is not free of
             noise or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
         latent: (B, c, h, w), of the image, where it is there already.
+        share: of vae_error, in the solver's sigma_y.
     """
     if seen is None:
         with uncast(image):
@@ -69,7 +72,7 @@ def measure(
     latent = prior.encode(image) if latent is None else latent
     before = Measurement(operator, seen, 1.0)
     vae_error = before.rms(before.residual(prior.decode(latent)))
-    effective = (noise_std**2 + (_VAE_SHARE * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
+    effective = (noise_std**2 + (share * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
     return Measured(Measurement(operator, y, effective), vae_error, latent)
 
 
@@ -92,8 +95,20 @@ def measure_known(
         known = known * near(parts, known, known.shape[2] // latent.shape[2])
     operator = Mask(known)
     y = operator(image)
-    measured = measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent)
+    measured = measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE)
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
+
+
+def pick_start(observed: Measurement, guess: Tensor, cell: int) -> str:
+    """Where VML starts, one of `vml_ldm.presets.STARTS`: from the measurement if all of it is seen, else from noise.
+
+    A guess tells nothing of what is inside a hole, and is hard to leave once the solver has begun there.
+
+    Args:
+        guess: (B, 3, H, W) in [0, 1], an image that agrees with y.
+        cell: side in pixels of what one latent draws; where y tells nothing of a whole one, there is a hole.
+    """
+    return "noise" if observed.unseen(guess, cell).any() else "measurement"
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:

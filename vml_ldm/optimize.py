@@ -36,6 +36,7 @@ _PROBE = 0.05  # rms change of the latent over which the decoder's directional d
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
 _BACK = 0.2  # of a trial's length, is the least that a step goes
 _TRUST = (0.5, 3.0)  # between these, of its trial's length, a step's best length is believed
+_ERROR = 0.5  # of a level's noise, is taken for the error of its clean estimate
 _GROWTH = 2.0  # more than so many times as long as the gradients that it is made of, a foretold one is not believed
 
 
@@ -158,6 +159,44 @@ def descend(
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
     return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken, image)
+
+
+def correct(
+    inner: Descent, *, prior: Prior, measurement: Measurement, noise: float, steps: int, stop_at: float = 1.0
+) -> Descent:
+    """The clean estimate of a level's end, brought nearer to y by the decoder alone: no call of the denoiser.
+
+    ``p(z0 | x_t)``, whose covariance is ``sigma^2 J / alpha``, is taken as N(z0_hat, s^2 I) with s half of the level's
+    noise, and z0 moves from z0_hat down
+
+        nll(Dec(z0)) + |z0 - z0_hat|^2 / (2 s^2)
+
+    in conjugate directions (the rule "secant"): the bracket's steps with z0_hat held, at two calls each in place of
+    four. What y does not tell stays where the denoiser put it. (Ours. At a noise of 0.14 the bundled model's estimates
+    of validation images are wrong by 0.57 of it; the half is nearer in perceptual distance, and as near in PSNR.)
+
+    Args:
+        inner: as the level's inner steps ended.
+        noise: ``sigma / alpha``, the level's noise in VE units.
+        steps: how many at the most, >= 0.
+        stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``.
+
+    Returns:
+        `inner` with z0 in place of z0_hat, and with the residual, nll and image of the last evaluation.
+    """
+    z, s, rule = inner.z0_hat, _ERROR * noise, _Secant(noise)
+    for _ in range(steps):
+        data = data_term(z, prior=prior, measurement=measurement)
+        residual = measurement.rms(data.residual)
+        inner = inner._replace(residual=residual, nll=data.nll, image=data.image)
+        moving = residual > stop_at * measurement.sigma_y
+        if not moving.any():
+            break
+        v = (inner.z0_hat - z) / s**2 - data.gradient
+        at = {"prior": prior, "measurement": measurement, "noise": s, "jacobian": "free"}
+        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at))
+        z = z + column(eta * moving, d) * d
+    return inner._replace(z0_hat=z)
 
 
 class _Conjugate:

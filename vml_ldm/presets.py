@@ -11,6 +11,8 @@ STARTS = ("noise", "measurement")
 EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
 THROUGHOUT = "throughout"
 LEAST_NOISE = 0.1  # of the levels of a restoration, in units of the latent
+MOST_NOISE = 1.0  # of its levels, where it starts from the measurement
+_CORRECTING = {"measurement": 1 / 3, "noise": 1 / 6}  # of a restoration's budget, by its start, is for corrections
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 
@@ -22,10 +24,14 @@ class Settings:
         budget: denoiser evaluations, as a multiple of `num_inference_steps`.
         inner_steps: K, inner steps at each level.
         fixed: K was asked for by name: it is not lowered for a short budget, and holds at the last level too. Otherwise
-            that level, whose estimate is the answer, takes 2 K if K > 1.
+            that level, whose estimate is the answer, takes 2 K if K > 1 and nothing corrects it.
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
+        correct_steps: corrections of the last estimate by the decoder (`vml_ldm.optimize.correct`), each of which
+            counts as an evaluation. None: a restoration's take a third of the budget, and a sixth where it starts from
+            noise, for what a hole takes is levels.
+        start: where a restoration starts, one of `STARTS`; None: no restoration.
         use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
             None: all but the last where there is one.
     """
@@ -37,6 +43,14 @@ class Settings:
     renoise: float = 1.0
     stop_at: float = 1.0
     use_gradient_vae: bool | str | None = None
+    correct_steps: int | None = None
+    start: str | None = None
+
+    def corrections(self, num_inference_steps: float) -> int:
+        """How many steps correct the last estimate."""
+        if self.correct_steps is not None:
+            return self.correct_steps
+        return int(_CORRECTING[self.start] * self.budget * num_inference_steps) if self._corrects else 0
 
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
@@ -45,7 +59,7 @@ class Settings:
         """
         inner = self.inner_steps if self.fixed else self._affordable(_FEWEST_LEVELS, num_inference_steps)
         more = replace(self, inner_steps=inner).last_steps - inner
-        return max(1, (int(self.budget * num_inference_steps) - more) // (inner + 1)), inner
+        return max(1, (self._evaluations(num_inference_steps) - more) // (inner + 1)), inner
 
     def inner_steps_of(self, levels: int, num_inference_steps: float) -> int:
         """K for so many levels, which are given: the preset's, or as many as the budget pays, then at least 1."""
@@ -54,25 +68,49 @@ class Settings:
     @property
     def last_steps(self) -> int:
         """Inner steps at the last level."""
-        return self.inner_steps if self.fixed or self.inner_steps < 2 else 2 * self.inner_steps
+        return self.inner_steps if self.fixed or self.inner_steps < 2 or self._corrects else 2 * self.inner_steps
+
+    @property
+    def _corrects(self) -> bool:
+        if self.correct_steps is None:
+            return self.start is not None and self.inner_steps > 0
+        return self.correct_steps > 0
+
+    def _evaluations(self, num_inference_steps: float) -> int:
+        """The denoiser's, of the budget: what the corrections leave."""
+        return int(self.budget * num_inference_steps) - self.corrections(num_inference_steps)
 
     def _affordable(self, levels: int, num_inference_steps: float) -> int:
         """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
-        return min(self.inner_steps, max(1, (int(self.budget * num_inference_steps) - levels) // (levels + 1)))
+        shares = levels + (not self._corrects)  # the last level has two where nothing corrects it
+        return min(self.inner_steps, max(1, (self._evaluations(num_inference_steps) - levels) // shares))
 
 
-def pick_levels(noise: Sequence[float], count: int) -> list[int]:
+def count_sampled(steps: int, count: int, start: str) -> int:
+    """How many levels a sampler is asked for, of which `pick_levels` takes `count`: a call's steps, or more where those
+    would leave too few below the first (about a third of a sampler's are)."""
+    return max(steps, count if start == "noise" else 4 * count)
+
+
+def pick_levels(noise: Sequence[float], count: int, start: str = "noise") -> list[int]:
     """Which of a sampler's levels a measurement is solved at: `count`, evenly, the last the least noisy that is left.
 
     Levels of less noise than 0.1 are left out: there the prior's score, all error, holds the answer away from y. (On 8
     validation images ending at 0.14 in place of 0.04 gave noisy super-resolution up to 0.9 dB, and cost other tasks up
     to 0.5 dB before the step in pixels.)
 
+    From the measurement the first is the noisiest of at most 1: noise as large as the latents forgets what the
+    measurement told. From noise, no level is left out for that.
+
     Args:
         noise: ``sigma / alpha`` of the levels, falling; enough of them above 0.1, or those are all.
+        start: one of `STARTS`.
     """
     found = sum(value >= LEAST_NOISE for value in noise) or len(noise)
-    return sorted({max(0, round((i + 1) * found / count) - 1) for i in range(count)})
+    if start == "noise":
+        return sorted({max(0, round((i + 1) * found / count) - 1) for i in range(count)})
+    first, last = min(sum(value > MOST_NOISE for value in noise), found - 1), found - 1
+    return sorted({last - round(i * (last - first) / max(1, count - 1)) for i in range(count)})
 
 
 # Chosen on validation images: few levels with many inner steps beat many levels with few, and steps at the last level,
@@ -96,6 +134,8 @@ def settings(preset: str, **explicit) -> Settings:
     given = {name: value for name, value in explicit.items() if value is not None}
     chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
+    if not isinstance(chosen.correct_steps, int | None) or (chosen.correct_steps or 0) < 0:
+        raise ValueError(f"correct_steps is {chosen.correct_steps!r}; expected a whole number >= 0, or None.")
     check_renoise(chosen.renoise)
     if chosen.use_gradient_vae not in (True, False, None, THROUGHOUT):
         raise ValueError(

@@ -15,9 +15,10 @@ class Report:
     Attributes:
         sigma_y: the noise that the caller named.
         vae_error: rms of what the VAE's own round trip, Dec(Enc(.)), changes in the measurement of an image.
-        effective_sigma_y: the sigma_y that VML takes, sqrt(sigma_y^2 + (vae_error / 2)^2); RED-diff has none.
+        effective_sigma_y: the sigma_y that VML takes, with a share of vae_error, see `vml_ldm.measuring.measure`.
         residual: rms of y - A(image), before any paste.
         levels, inner_steps, last_steps: noise levels, and inner steps at each of them and at the last at the most.
+        correct_steps: corrections of the last estimate, at the most.
         jacobian, preset: which form, which preset ("": none).
         solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
             the caller's own.
@@ -42,6 +43,7 @@ class Report:
     preset: str = ""
     solver: str = "vml"
     last_steps: int | None = None
+    correct_steps: int = 0
     drawn: list[float] = field(default_factory=list)
     trace: list[dict] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
@@ -136,7 +138,8 @@ class Report:
         if self.solver != "vml":
             return "steps of its own"
         last = "" if self.last_steps in (None, self.inner_steps) else f", {self.last_steps} at the last"
-        return f"up to {self.inner_steps} inner steps each{last}, Jacobian {self.jacobian}"
+        corrected = f", {self.correct_steps} corrections" if self.correct_steps else ""
+        return f"up to {self.inner_steps} inner steps each{last}{corrected}, Jacobian {self.jacobian}"
 
 
 def memory_text(memory: dict) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
 from .operators import Measurement
-from .optimize import JACOBIANS, InnerStep, descend
+from .optimize import JACOBIANS, InnerStep, correct, descend
 from .report import Report
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -182,6 +182,7 @@ def vml_map(
     stop_prior_at: float = 0.0,
     draft: Prior | None = None,
     draft_last: bool = False,
+    correct_steps: int = 0,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -201,6 +202,8 @@ def vml_map(
         draft: the same prior with a cheaper decoder of the same latents; it takes the prior's place at all levels but
             the last, whose answer stands. What those levels report of the residual is then the draft's.
         draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
+        correct_steps: after the last level, steps that bring its estimate nearer to y by the decoder alone, see
+            `vml_ldm.optimize.correct`. 0 is the plain algorithm.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -222,6 +225,7 @@ def vml_map(
         stop_prior_at=stop_prior_at,
         draft=None if draft is None else prior.drafting(draft),
         draft_last=draft_last,
+        correct_steps=correct_steps,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -254,18 +258,19 @@ def vml_levels(
     stop_prior_at: float = 0.0,
     draft: Prior | None = None,
     draft_last: bool = False,
+    correct_steps: int = 0,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
-    for steps in (inner_steps, last_steps):
+    for steps in (inner_steps, last_steps, correct_steps):
         check_choices(steps, jacobian)
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
-    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step)
+    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps)
 
 
-def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step):
+def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps):
     count = len(levels)
     for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
@@ -275,6 +280,11 @@ def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, st
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
                 steps=inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
             )  # fmt: skip
+            if i + 1 == count and correct_steps and alpha > 0:
+                inner = correct(
+                    inner, prior=prior, measurement=measurement, noise=sigma / alpha,
+                    steps=correct_steps, stop_at=stop_at,
+                )  # fmt: skip
             z0 = inner.z0_hat  # D(x_t)
             if guide is not None and i + 1 < count:  # the last estimate is the answer: no guidance there
                 z0 = guide(inner.x_t, z0, alpha, sigma)

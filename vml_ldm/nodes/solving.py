@@ -150,8 +150,11 @@ class VMLRestore(_SolvingNode):
         check_match(model, vae, gradient_vae)
         seen = Seen(image, operator, vae.spacial_compression_decode())
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
-        noise, chosen = networks.plan(settings(preset), steps, start, picks=True)
-        task = Task(posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True)
+        noise, chosen = networks.plan(settings(preset, start=start), steps, start, picks=True)
+        task = Task(
+            posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True,
+            correct_steps=chosen.corrections(steps),
+        )  # fmt: skip
         solution, report, latent = networks.solve(task, noise, seed)
         restored = to_image(seen.take_back(solution.image))
         return io.NodeOutput(restored, latent, f"{seen.text()}\n{report.text()}")

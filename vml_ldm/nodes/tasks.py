@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters.comfyui import Sampling, levels_of, run, sigmas_of
 from ..measuring import Measured, check_std, measure, settle, tell
-from ..presets import Settings, pick_levels
+from ..presets import Settings, count_sampled, pick_levels
 from ..report import Report
 from ..solve import Metered, Solution, conclude, noise_like, record, vml_levels
 from .layout import Seen
@@ -30,6 +30,7 @@ class Task:
         chosen, preset: the budget's settings, and their name.
         start: one of `STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
+        correct_steps: corrections of the last estimate (`vml_ldm.optimize.correct`).
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -40,6 +41,7 @@ class Task:
     preset: str
     start: str | None
     pixel_step: bool = False
+    correct_steps: int = 0
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -59,6 +61,7 @@ class Task:
             stop_at=self.chosen.stop_at,
             generator=generator,
             draft=None if sampling.draft is None else measured.view(metered.drafting(sampling.draft)),
+            correct_steps=self.correct_steps,
         ):
             trace.append(record(level))
             sampling.tell(level)
@@ -67,6 +70,7 @@ class Task:
             solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}
         about |= {"last_steps": self.chosen.last_steps, "preset": self.preset}
+        about |= {"correct_steps": self.correct_steps}
         return solution, tell(solution, measured, noise_std, prior.retries, **about)
 
     def _first(self, sampling: Sampling, z: Tensor, scales: tuple[float, float], generator) -> Tensor:
@@ -116,9 +120,9 @@ class Networks:
         chosen = replace(chosen, inner_steps=inner_steps)
         if not (picks and inner_steps > 0):
             return sigmas_of(self.model, self.scheduler, count), chosen
-        sigmas = sigmas_of(self.model, self.scheduler, max(steps, count))
+        sigmas = sigmas_of(self.model, self.scheduler, count_sampled(steps, count, start))
         levels = levels_of(self.model.get_model_object("model_sampling"), sigmas)
-        return sigmas[[*pick_levels(levels.noise, count), -1]], chosen
+        return sigmas[[*pick_levels(levels.noise, count, start), -1]], chosen
 
     def solve(self, task: Task, sigmas: Tensor, seed: int) -> tuple[Solution, Report, dict]:
         """The solution, its report, and LATENT."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import NoStartError, column, count_values, expect, squares, start_of, uncast
 from .smoothing import roughness_gradient, solve_smooth
 
-_PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
+_PROBE = 0.05  # rms change of the image over which the operator is differentiated
 _SLOPE = 0.1  # rms difference of neighbouring pixels of a picture, about
 _LEAST_NOISE = 0.01  # a noiseless y weighs as one with so much noise against the smoothness of a guess
 
@@ -147,6 +148,30 @@ class Measurement:
         with uncast(image):
             b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
             return image + solve_smooth(self.operator, b, weight)
+
+    def unseen(self, image: Tensor, cell: int) -> Tensor:
+        """(B,): the share of an image's cells of which y tells nothing, to first order about that image, in [0, 1].
+
+        A cell is seen if the gradient of the residual, for a random cotangent, is not zero in all of it, neither in the
+        image a little lighter nor a little darker: at the edge of what is clipped, y tells of one side alone. That is
+        two backward passes through the operator.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+            cell: side of a cell in pixels, a divisor of H and W.
+        """
+        seen = [self._sensitivity(image + change, cell) for change in (_PROBE, -_PROBE)]
+        return (torch.minimum(*seen) == 0).float().mean(dim=(1, 2, 3))
+
+    def _sensitivity(self, image: Tensor, cell: int) -> Tensor:
+        """(B, 1, H / cell, W / cell): the largest gradient in each cell, 0 where it is within rounding of that."""
+        with torch.enable_grad(), uncast(image):
+            source = image.detach().requires_grad_()
+            residual = self.residual(source)
+            draw = torch.randn(residual.shape, generator=torch.Generator().manual_seed(0), dtype=residual.dtype)
+            (gradient,) = torch.autograd.grad(residual, source, draw.to(residual.device))
+        cells = F.max_pool2d(gradient.abs().amax(1, keepdim=True), cell)
+        return cells * (cells > torch.finfo(cells.dtype).eps * cells.amax(dim=(1, 2, 3), keepdim=True))
 
     def _begin(self, grey: Tensor, steps: int) -> Tensor:
         """The operator's start; if there is none, least squares from grey."""
