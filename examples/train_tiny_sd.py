@@ -5,8 +5,8 @@
 One command gets the images (``npm pack``, or ``--data FOLDER``), splits them by base emoji, trains the autoencoder,
 caches its latents, trains the UNet together with the text encoder, exports a folder that stock diffusers loads, and
 draws sample sheets. The stages are budgeted in minutes (``--vae-minutes``, ``--unet-minutes``) and their schedules run
-over that time; with the defaults the whole takes about 100 minutes on two cores with AVX512-bf16. Stop it with Ctrl-C
-and run it again to go on from the last checkpoint in ``--work``. Losses go to ``losses.jsonl`` there.
+over that time; with the defaults the whole takes about two hours and a quarter on two cores with AVX512-bf16. Stop it
+with Ctrl-C and run it again to go on from the last checkpoint in ``--work``. Losses go to ``losses.jsonl`` there.
 
 Needs torch, diffusers, transformers, tokenizers, safetensors, emoji, Pillow, numpy, and npm for the download.
 """
@@ -741,7 +741,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
     parser.add_argument("--decoder-minutes", type=float, default=0, help="then train the decoder alone for so long")
-    parser.add_argument("--tiny-minutes", type=float, default=8, help="for the small decoder of the gradients")
+    parser.add_argument("--tiny-minutes", type=float, default=30, help="for the small decoder of the gradients")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

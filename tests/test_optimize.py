@@ -9,7 +9,7 @@ from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
-from vml_ldm.optimize import InnerStep, descend, precondition, secant_length
+from vml_ldm.optimize import InnerStep, correct, descend, precondition, secant_length
 
 DOUBLE = {"dtype": torch.float64}
 NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)
@@ -333,3 +333,39 @@ def test_a_secant_step_is_bounded_where_its_trial_was_not_as_it_should_be():
     assert move.flatten().tolist() == pytest.approx(
         [end - 0.5 + trial for end, trial in zip(ends, trials, strict=True)]
     )
+
+
+def corrected(at, x_t, **options):
+    inner = descend(x_t, **at, steps=0)
+    return inner, correct(inner, prior=at["prior"], measurement=at["measurement"], noise=0.75, **options)
+
+
+def test_a_correction_ends_where_the_decoder_meets_y_and_the_estimate():
+    """At the minimiser of ``|y - H z|^2 / (2 sigma_y^2) + |z - z0_hat|^2 / (2 s^2)``, s half of the level's noise."""
+    at, x_t = problem(3)
+    inner, found = corrected(at, x_t, steps=60, stop_at=0)
+    h, y = at["measurement"].operator.h, at["measurement"].y
+    data, near = h.T @ h / 0.1**2, torch.eye(h.shape[1], **DOUBLE) / (0.75 / 2) ** 2
+    expected = torch.linalg.solve(data + near, (y @ h / 0.1**2 + inner.z0_hat @ near)[..., None])[..., 0]
+    assert torch.allclose(found.z0_hat, expected, atol=1e-6) and torch.equal(found.x_t, inner.x_t)
+    assert not torch.allclose(inner.z0_hat, expected, atol=0.1)
+
+
+def test_a_correction_moves_nothing_that_y_does_not_tell():
+    prior, _, y = random_problem()
+    h = torch.eye(6, **DOUBLE)[:2]
+    at = {"prior": prior, "measurement": Measurement(Linear(h), y[..., :2], 0.1), "alpha": 0.8, "sigma": 0.6}
+    inner, found = corrected(at, draw(1, 1, 1, 6), steps=10, stop_at=0)
+    moved = (found.z0_hat - inner.z0_hat).abs().flatten()
+    assert moved[:2].min() > 0.01 and moved[2:].max() < 1e-12
+
+
+def test_a_corrected_batch_is_what_its_images_are_alone():
+    """Also where one is at the noise before the others: it rests."""
+    at, x_t = problem(3)
+    _, together = corrected(at, x_t, steps=8, stop_at=2.0)
+    assert (together.residual <= 0.2).any() and not (together.residual <= 0.2).all()
+    for i in range(3):
+        alone = Measurement(at["measurement"].operator, at["measurement"].y[i : i + 1], 0.1)
+        _, found = corrected({**at, "measurement": alone}, x_t[i : i + 1], steps=8, stop_at=2.0)
+        assert torch.allclose(found.z0_hat, together.z0_hat[i : i + 1], atol=1e-10)

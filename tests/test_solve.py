@@ -50,6 +50,14 @@ def test_the_last_level_may_take_more_steps():
     assert more.residual < same.residual
 
 
+def test_corrections_bring_the_answer_nearer_to_y_without_the_denoiser():
+    _, _, y = random_problem()
+    plain, corrected = (solve(start(), y, inner_steps=2, stop_at=0, correct_steps=n) for n in (0, 5))
+    assert corrected.residual < plain.residual and corrected.calls["denoise"] == plain.calls["denoise"]
+    assert corrected.calls["decode_vjp"] == plain.calls["decode_vjp"] + 5
+    assert corrected.trace[:-1] == plain.trace[:-1]  # nothing is done before the last level's end
+
+
 def test_a_batch_is_what_its_images_are_alone():
     """Step length, stopping and noise are per image."""
     _, _, y = random_problem()
@@ -99,7 +107,8 @@ def test_bad_levels_are_refused(scales, renoise):
 
 
 @pytest.mark.parametrize(
-    "options", [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}]
+    "options",
+    [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}, {"correct_steps": -1}],
 )
 def test_bad_choices_are_refused_before_any_work(options):
     _, _, y = random_problem()

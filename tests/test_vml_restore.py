@@ -269,7 +269,7 @@ def test_a_function_is_a_solver(pipe, name):
     for i in (0, 1):
         torch.testing.assert_close(out.images[i], calls[i].images[0], atol=1e-4, rtol=0)
     assert out.report.solver == name and out.report.calls["denoise"] == out.report.levels == 6
-    assert f"{name}, 4 levels, steps of its own" in out.report.text()
+    assert f"{name}, 6 levels, steps of its own" in out.report.text()
 
 
 def test_what_a_function_is_not_told_or_does_not_return_is_refused(pipe):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .solve import check_choices, check_renoise
+from .solve import check_choices, check_corrections, check_renoise
 
 STARTS = ("noise", "measurement")
 EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
@@ -134,8 +134,8 @@ def settings(preset: str, **explicit) -> Settings:
     given = {name: value for name, value in explicit.items() if value is not None}
     chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
-    if not isinstance(chosen.correct_steps, int | None) or (chosen.correct_steps or 0) < 0:
-        raise ValueError(f"correct_steps is {chosen.correct_steps!r}; expected a whole number >= 0, or None.")
+    if chosen.correct_steps is not None:
+        check_corrections(chosen.correct_steps)
     check_renoise(chosen.renoise)
     if chosen.use_gradient_vae not in (True, False, None, THROUGHOUT):
         raise ValueError(

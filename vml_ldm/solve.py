@@ -262,8 +262,9 @@ def vml_levels(
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
-    for steps in (inner_steps, last_steps, correct_steps):
+    for steps in (inner_steps, last_steps):
         check_choices(steps, jacobian)
+    check_corrections(correct_steps)
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
@@ -311,6 +312,12 @@ def check_choices(inner_steps: int, jacobian: str) -> None:
         raise ValueError(f"jacobian is {jacobian!r}; expected one of {JACOBIANS}.")
     if not isinstance(inner_steps, int) or inner_steps < 0:
         raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
+
+
+def check_corrections(steps: int) -> None:
+    """Raise ValueError for what is no number of corrections."""
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"correct_steps is {steps!r}; expected a whole number >= 0, 0 for none.")
 
 
 def check_renoise(renoise: float) -> None:
