@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
+from ..measuring import pick_start
 from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
 
 
@@ -106,6 +107,11 @@ class Seen:
     def guess(self, y: Tensor, noise_std: Tensor) -> Tensor:
         """(B, 3, height, width) in [0, 1]: a canvas that agrees with y up to its noise (B,), on y's device."""
         return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std)
+
+    def start(self, stride: int) -> str:
+        """Where VML starts, see `pick_start`."""
+        observed = Measurement(self.operator, self.y, 1.0)
+        return pick_start(observed, observed.guess(self.canvas), stride)
 
     def take_back(self, canvas: Tensor) -> Tensor:
         """The measured part of the solver's image."""

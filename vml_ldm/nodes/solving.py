@@ -29,7 +29,8 @@ _OPERATOR = "What happened to the picture, from a VML Operator node."
 _SEED = "Of the noise, at the start and between the levels."
 _STEPS = (
     "The budget, in model evaluations; a level takes one for each inner step and one for the next level. With the "
-    "preset balanced, 50 are {} levels of {} inner steps, of twice as many at the last. The progress bar counts levels."
+    "preset balanced, 50 are {} levels of {} inner steps, of twice as many at the last; a restoration spends some on "
+    "corrections instead. The progress bar counts levels."
 ).format(*PRESETS["balanced"].split(50))
 _CFG = f"Guidance; 1: none. It is held to {REACH:g} of each level's noise, so large values do less than in KSampler."
 _PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
@@ -37,6 +38,7 @@ _PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
 )
 _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), ddim_uniform for all others."
 _START = "noise, or measurement: from the picture at hand, noised."
+_STARTS = "auto: measurement where the picture tells of every part of the result, noise where it has holes."
 _SIGMAS = (
     "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
     "from the measurement."
@@ -52,6 +54,7 @@ class _SolvingNode(io.ComfyNode):
     """An all-in-one node. A subclass gives its name, what its image is, its own inputs and `execute`."""
 
     name, about, result = "", "", ""
+    starts, start_tip = STARTS, _START
 
     @classmethod
     def inputs(cls) -> list:
@@ -76,7 +79,7 @@ class _SolvingNode(io.ComfyNode):
                 _noise(),
                 io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=_PRESET),
                 io.Combo.Input("scheduler", options=list(SCHEDULERS), default=SCHEDULERS[0], tooltip=_SCHEDULER),
-                io.Combo.Input("start", options=list(STARTS), default="noise", tooltip=_START),
+                io.Combo.Input("start", options=list(cls.starts), default=cls.starts[0], tooltip=cls.start_tip),
                 io.Sigmas.Input("sigmas", optional=True, tooltip=_SIGMAS),
                 _small(),
             ],
@@ -131,6 +134,7 @@ class VMLRestore(_SolvingNode):
     name = "VML Restore"
     about = "Finds a picture that the operator turns into the one at hand."
     result = "Of the input's size, times the operator's factor."
+    starts, start_tip = ("auto", *STARTS), f"{_START} {_STARTS}"
 
     @classmethod
     def inputs(cls) -> list:
@@ -148,7 +152,9 @@ class VMLRestore(_SolvingNode):
         sigmas=None, gradient_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_match(model, vae, gradient_vae)
-        seen = Seen(image, operator, vae.spacial_compression_decode())
+        stride = vae.spacial_compression_decode()
+        seen = Seen(image, operator, stride)
+        start = seen.start(stride) if start == "auto" else start
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
         noise, chosen = networks.plan(settings(preset, start=start), steps, start, picks=True)
         task = Task(
