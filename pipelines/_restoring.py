@@ -41,9 +41,9 @@ class RestoringMixin:
         started = time.perf_counter()
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
-        guess = observed.guess((a.height, a.width), noise=noise_std)
-        a.start = a.start or pick_start(observed, guess, self.vae_scale_factor)
+        a.start = a.start or pick_start(observed, (a.height, a.width), self.vae_scale_factor)
         levels, chosen = self._levels(a, chosen)
+        guess = observed.guess((a.height, a.width), noise=noise_std)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, len(guess))

@@ -94,8 +94,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 returns a `vml_ldm.Solution` (`vml_ldm.solve.conclude` makes one). Callbacks and progress are its own.
             start: "noise", or "measurement": an image that agrees with y (`Measurement.guess`: the operator's own
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level, which is the
-                noisiest of at most 1. None: "measurement"; for VML "noise" where the operator sees nothing of some
-                latent of an image of the batch (a hole, a burnt-out sky), see `Measurement.unseen`.
+                noisiest of at most 1. None: "measurement"; for VML "noise" where the operator may see nothing of
+                some latent of an image of the batch (a hole, clipped light), see `Measurement.unseen`.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y by the decoder alone

@@ -99,16 +99,16 @@ def measure_known(
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
 
 
-def pick_start(observed: Measurement, guess: Tensor, cell: int) -> str:
+def pick_start(observed: Measurement, size: tuple[int, int], cell: int) -> str:
     """Where VML starts, one of `vml_ldm.presets.STARTS`: from the measurement if all of it is seen, else from noise.
 
     A guess tells nothing of what is inside a hole, and is hard to leave once the solver has begun there.
 
     Args:
-        guess: (B, 3, H, W) in [0, 1], an image that agrees with y.
+        size: (height, width) of the image in pixels.
         cell: side in pixels of what one latent draws; where y tells nothing of a whole one, there is a hole.
     """
-    return "noise" if observed.unseen(guess, cell).any() else "measurement"
+    return "noise" if observed.unseen(size, cell).any() else "measurement"
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:

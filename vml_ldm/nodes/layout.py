@@ -110,8 +110,7 @@ class Seen:
 
     def start(self, stride: int) -> str:
         """Where VML starts, see `pick_start`."""
-        observed = Measurement(self.operator, self.y, 1.0)
-        return pick_start(observed, observed.guess(self.canvas), stride)
+        return pick_start(Measurement(self.operator, self.y, 1.0), self.canvas, stride)
 
     def take_back(self, canvas: Tensor) -> Tensor:
         """The measured part of the solver's image."""

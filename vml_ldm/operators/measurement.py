@@ -11,7 +11,8 @@ from torch import Tensor
 from .base import NoStartError, column, count_values, expect, squares, start_of, uncast
 from .smoothing import roughness_gradient, solve_smooth
 
-_PROBE = 0.05  # rms change of the image over which the operator is differentiated
+_PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
+_TONES = (0.1, 0.5, 0.9)  # of a dark, a grey and a bright picture
 _SLOPE = 0.1  # rms difference of neighbouring pixels of a picture, about
 _LEAST_NOISE = 0.01  # a noiseless y weighs as one with so much noise against the smoothness of a guess
 
@@ -149,27 +150,30 @@ class Measurement:
             b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
             return image + solve_smooth(self.operator, b, weight)
 
-    def unseen(self, image: Tensor, cell: int) -> Tensor:
-        """(B,): the share of an image's cells of which y tells nothing, to first order about that image, in [0, 1].
+    def unseen(self, size: tuple[int, int], cell: int) -> Tensor:
+        """(B,): the share of the cells of an image of which y may tell nothing, to first order, in [0, 1].
 
-        A cell is seen if the gradient of the residual, for a random cotangent, is not zero in all of it, neither in the
-        image a little lighter nor a little darker: at the edge of what is clipped, y tells of one side alone. That is
-        two backward passes through the operator.
+        A cell is seen if the gradient of the residual, for a random cotangent, is not zero in all of it, and that in a
+        dark, a grey and a bright picture: what clips light does not see all. One backward pass through the operator
+        each. What y is plays no part, so that the images of a batch are judged as they are alone.
 
         Args:
-            image: (B, 3, H, W) in [0, 1].
-            cell: side of a cell in pixels, a divisor of H and W.
+            size: (height, width) in pixels.
+            cell: side of a cell in pixels, a divisor of both.
         """
-        seen = [self._sensitivity(image + change, cell) for change in (_PROBE, -_PROBE)]
-        return (torch.minimum(*seen) == 0).float().mean(dim=(1, 2, 3))
+        dark = torch.full((len(self.y), 3, *size), _TONES[0], dtype=self.y.real.dtype, device=self.y.device)
+        least = torch.stack([self._sensitivity(dark + tone - _TONES[0], cell) for tone in _TONES]).amin(0)
+        return (least == 0).float().mean(dim=(1, 2, 3))
 
     def _sensitivity(self, image: Tensor, cell: int) -> Tensor:
         """(B, 1, H / cell, W / cell): the largest gradient in each cell, 0 where it is within rounding of that."""
         with torch.enable_grad(), uncast(image):
             source = image.detach().requires_grad_()
             residual = self.residual(source)
-            draw = torch.randn(residual.shape, generator=torch.Generator().manual_seed(0), dtype=residual.dtype)
-            (gradient,) = torch.autograd.grad(residual, source, draw.to(residual.device))
+            draw = torch.randn(residual.shape[1:], generator=torch.Generator().manual_seed(0), dtype=residual.dtype).to(
+                residual.device
+            )
+            (gradient,) = torch.autograd.grad(residual, source, draw.expand_as(residual))
         cells = F.max_pool2d(gradient.abs().amax(1, keepdim=True), cell)
         return cells * (cells > torch.finfo(cells.dtype).eps * cells.amax(dim=(1, 2, 3), keepdim=True))
 
