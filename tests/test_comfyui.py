@@ -189,9 +189,8 @@ def test_inpaint_is_the_pipelines_image(engine, small: bool) -> None:
 
 @needs_engine
 def test_restore_is_the_pipelines_image(engine) -> None:
-    prompt = graph(
-        "VMLRestore", image=["6", 0], operator=["7", 0], sigma_y=0.01, steps=20, start="auto"
-    )  # of 16 ComfyUI makes 17
+    asked = {"sigma_y": 0.01, "steps": 20, "start": "auto"}  # of 16 steps ComfyUI makes 17
+    prompt = graph("VMLRestore", image=["6", 0], operator=["7", 0], **asked)
     prompt["6"] = {
         "class_type": "ImageScaleBy",
         "inputs": {"image": ["2", 0], "upscale_method": "area", "scale_by": 0.25},

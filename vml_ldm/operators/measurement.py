@@ -117,7 +117,7 @@ class Measurement:
         Raises:
             ValueError: the operator's start has another size.
         """
-        grey = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
+        grey = self._plain(size, 0.5)
         linear = is_linear(self.operator)
         image = grey if linear and not solves(self.operator) else self._begin(grey, steps)
         expect(image, "the operator's start(y)", tuple(grey.shape), "It is an image of the model's size.")
@@ -161,9 +161,12 @@ class Measurement:
             size: (height, width) in pixels.
             cell: side of a cell in pixels, a divisor of both.
         """
-        dark = torch.full((len(self.y), 3, *size), _TONES[0], dtype=self.y.real.dtype, device=self.y.device)
-        least = torch.stack([self._sensitivity(dark + tone - _TONES[0], cell) for tone in _TONES]).amin(0)
+        least = torch.stack([self._sensitivity(self._plain(size, tone), cell) for tone in _TONES]).amin(0)
         return (least == 0).float().mean(dim=(1, 2, 3))
+
+    def _plain(self, size: tuple[int, int], tone: float) -> Tensor:
+        """(B, 3, height, width): images of one grey, as many as there are in y."""
+        return torch.full((len(self.y), 3, *size), tone, dtype=self.y.real.dtype, device=self.y.device)
 
     def _sensitivity(self, image: Tensor, cell: int) -> Tensor:
         """(B, 1, H / cell, W / cell): the largest gradient in each cell, 0 where it is within rounding of that."""
