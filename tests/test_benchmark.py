@@ -374,6 +374,19 @@ def test_every_solver_gets_the_steps_that_cost_what_the_first_costs(tmp_path: Pa
         equalise(given, ("sr4",), "seconds", tmp_path, spend)
 
 
+def test_of_a_grid_only_the_first_task_is_probed(tmp_path: Path) -> None:
+    asked = []
+
+    def spend(method: Solver, task: str, steps: int | None) -> float:
+        asked.append((method.name, task, steps))
+        return 100.0 if steps is None else 10.0 * steps
+
+    one, other = methods.grid("latino")[:2]
+    equalise((EXACT, one, other), ("sr4", "box"), "calls", tmp_path, spend, alike=True)
+    assert asked.count(("vml", "box", None)) == 1
+    assert {task for name, task, _ in asked if name != "vml"} == {"sr4"}
+
+
 def test_a_comparison_at_equal_calls_has_about_as_many(pipe, plan: Plan, tmp_path: Path) -> None:
     asked = dataclasses.replace(plan, images=1, tasks=("sr4",), methods=(EXACT, RED), equal="calls", steps=24)
     table = run(asked, pipe, rows_in(tmp_path), solve=True)

@@ -216,6 +216,13 @@ def test_benchmark_s_search_is_on_validation_images(model, tmp_path: Path, capsy
     assert "1 validation images" in printed and """("red-diff", "hdr", 0.0): (('lambda_',""" in printed
 
 
+def test_benchmark_s_search_at_equal_cost_has_ours_first(model, tmp_path: Path, capsys) -> None:
+    arguments = ["--tune", "latino", "--tasks", "sr4", "--noise", "0.01", "--images", "1", "--model", model]
+    assert main(["benchmark", *arguments, "--steps", "6", "--equal", "calls", "-o", str(tmp_path / "tuning")]) == 0
+    printed = capsys.readouterr().out
+    assert """("latino", "sr4", 0.01): (('delta',""" in printed and "| sr4  | 0.01    | 1      | vml" in printed
+
+
 def test_interrupt_has_its_own_status(tmp_path: Path, capsys, monkeypatch) -> None:
     def interrupt(*_args) -> None:
         raise KeyboardInterrupt

@@ -221,6 +221,7 @@ def test_linear_and_adjoint(operator, shape):
     assert torch.allclose(operator(2 * x + z), 2 * operator(x) + operator(z))
     inner = (vector(operator(x)) * vector(y)).sum()
     assert torch.allclose(inner, (x * operator.adjoint(y)).sum(), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(operator.normal(x), operator.adjoint(operator(x)), rtol=1e-12, atol=1e-12)
 
 
 @each(NONLINEAR)

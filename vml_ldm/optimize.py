@@ -25,7 +25,7 @@ from .objective import (
     denoise_pullback,
     linearise,
 )
-from .operators import Measurement, column, conjugate_gradients, dot, is_linear, solves, squares, uncast
+from .operators import Measurement, column, conjugate_gradients, dot, is_linear, normal_of, solves, squares, uncast
 
 JACOBIANS = ("exact", "free")
 RULES = ("analytic", "secant")
@@ -312,7 +312,7 @@ def _normal_matrix(z: Tensor, prior: Prior, measurement: Measurement) -> Callabl
     operator = measurement.operator
     image, push, pull = decode_linear(prior, z)
     if is_linear(operator):
-        seen_normal = lambda v: operator.adjoint(operator(v))  # noqa: E731
+        seen_normal = normal_of(operator)
     else:
         _, push_seen, pull_seen = linearise(operator, image)
         seen_normal = lambda v: pull_seen(push_seen(v))  # noqa: E731

@@ -79,8 +79,6 @@ def _chosen(options: argparse.Namespace) -> dict:
     from vml_ldm.evaluation import benchmark, methods, tuning
     from vml_ldm.evaluation.problems import TASKS
 
-    if options.tune and options.equal:
-        raise UsageError("--tune came with --equal; expected one of them: a grid is tried at one number of steps.")
     if options.tune and (options.methods or options.split == "held-out"):
         raise UsageError("--tune came with --methods or --split held-out; it tries a grid, on validation images only.")
     if options.tune and options.tune not in tuning.GRIDS:
@@ -92,7 +90,8 @@ def _chosen(options: argparse.Namespace) -> dict:
     chosen |= {name: value for name, value in asked.items() if value is not None}
     check_count(chosen.get("images", 0), split)
     if options.tune:
-        return {**chosen, "split": split, "methods": methods.grid(options.tune)}
+        ours = (methods.EXACT,) if options.equal else ()
+        return {**chosen, "split": split, "methods": (*ours, *methods.grid(options.tune))}
     known = {method.name: method for method in (*methods.METHODS, *methods.VARIANTS, *methods.PEERS)}
     wanted = [known[name] for name in named(options.methods, tuple(known), "method") or _names(methods.METHODS)]
     for method in (method for method in wanted if not methods.is_installed(method)):

@@ -113,7 +113,7 @@ class Plan(comparison.Plan):
 
     Attributes:
         part: (i, n), the i-th of n parts of the images, i from 1.
-        tuning: the methods are the grid of this one, of which the best is told.
+        tuning: the methods are the grid of this one, of which the best is told; with `equal` ours is the first of them.
         equal: "seconds" or "calls": every solver gets as many steps as cost what the first one costs; "": they all get
             the plan's number.
     """
@@ -207,7 +207,7 @@ class Benchmark(comparison.Comparison):
             if self.plan.equal == "seconds":
                 self.warm_up()
             asked = (self.plan.methods, self.plan.tasks, self.plan.equal, self.rows.folder)
-            self.plan = replace(self.plan, methods=equalise(*asked, self._spend))
+            self.plan = replace(self.plan, methods=equalise(*asked, self._spend, alike=bool(self.plan.tuning)))
 
     def _spend(self, method: Solver, task: str, steps: int | None) -> float:
         """Seconds for an image, or network calls, of a method: on the first image with so many steps, or (None) the

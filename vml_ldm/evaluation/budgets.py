@@ -1,14 +1,16 @@
 """Step counts at which every solver costs what the first one does: ``vml-ldm benchmark --equal seconds | calls``.
 
 A solver's cost is taken for a straight line in its number of steps. Two short solves of one image give the line for
-each task, and the first method's mean cost on four images is where the lines are read. Images are solved alone. What
-was found is kept in ``budgets.json`` beside the rows, so that a comparison goes on with the same steps.
+each task (the first task's serves all where a grid is tried), and the first method's mean cost on four images is where
+the lines are read. Images are solved alone. What was found is kept in ``budgets.json`` beside the rows, so that a
+comparison goes on with the same steps.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from vml_ldm.evaluation.methods import Naive, Solver, at_steps
@@ -35,7 +37,7 @@ def check_shared(folder: Path) -> None:
 
 
 def equalise(
-    methods: Sequence[Solver | Naive], tasks: Sequence[str], cost: str, folder: Path, spend: Spend
+    methods: Sequence[Solver | Naive], tasks: Sequence[str], cost: str, folder: Path, spend: Spend, alike: bool = False
 ) -> tuple[Solver | Naive, ...]:
     """The methods, with as many steps for each task as cost what the first method does there.
 
@@ -43,17 +45,20 @@ def equalise(
         cost: one of `COSTS`; the folder keeps one of them.
         folder: of the rows, which exists.
         spend: (method, task, steps; None is the plan's number) -> the cost of one image.
+        alike: take a method's cost in steps to be the same for all tasks.
 
     Raises:
         FileExistsError: the folder's steps are for another cost.
     """
     first, *others = (method for method in methods if isinstance(method, Solver))
     known = _read(folder, cost)
+    probe = cache(lambda method, task: [spend(method, task, n) for n in PROBES])
     for task in tasks:
         waiting = [m for m in others if task in m.tasks and task not in known.get(m.name, {})]
         target = spend(first, task, None) if waiting else 0.0
         for method in waiting:
-            known.setdefault(method.name, {})[task] = _steps(target, [spend(method, task, n) for n in PROBES])
+            probed = next(t for t in tasks if t in method.tasks) if alike else task
+            known.setdefault(method.name, {})[task] = _steps(target, probe(method, probed))
             _write(folder, cost, known)
     return tuple(at_steps(m, known[m.name].__getitem__) if m in others else m for m in methods)
 

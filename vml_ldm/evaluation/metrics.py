@@ -158,19 +158,21 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = EfficientNetLite0Features()
-        state = torch.load(_weights_file(), map_location="cpu", weights_only=True)
-        names = self.features.state_dict().keys()
-        self.features.load_state_dict({name: state[name] for name in names})
-        self.eval().requires_grad_(False)
+        self.features = EfficientNetLiteFeatures()
+        self.features.load(_weights_file())
 
     @torch.no_grad()
     def forward(self, image: Tensor, truth: Tensor) -> Tensor:
         """Distance of (B, 3, H, W) images in [0, 1] from others of the same shape: (B,)."""
         _check_same_shape(image, truth)
-        pairs = zip(self.features(image.float()), self.features(truth.float()), strict=True)
-        stages = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1) for a, b in pairs]
-        return torch.stack([stage.mean((1, 2)) for stage in stages]).mean(0)
+        return feature_distance(self.features, image.float(), truth.float())
+
+
+def feature_distance(features: nn.Module, image: Tensor, truth: Tensor) -> Tensor:
+    """(B,): mean squared difference of the features of two (B, 3, H, W), each place's vector at unit length."""
+    pairs = zip(features(image), features(truth), strict=True)
+    stages = [(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1) for a, b in pairs]
+    return torch.stack([stage.mean((1, 2)) for stage in stages]).mean(0)
 
 
 def has_perceptual_weights() -> bool:
@@ -204,22 +206,35 @@ _LITE0 = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-_TAPS = (0, 2, 4, 10, 15)  # the last block at each resolution: 112, 56, 28, 14, 7
 
 
-class EfficientNetLite0Features(nn.Module):
-    """The trunk of EfficientNet-Lite0; parameters are named as in the published weights file."""
+class EfficientNetLiteFeatures(nn.Module):
+    """The trunk of EfficientNet-Lite0, or of a deeper one; parameters are named as in the published weights file.
 
-    def __init__(self) -> None:
+    Args:
+        depth: how often blocks are repeated, as a multiple of Lite0's; 1.1 is Lite1.
+    """
+
+    def __init__(self, depth: float = 1.0) -> None:
         super().__init__()
         self._conv_stem = nn.Conv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
-        blocks, channels = [], 32
-        for repeats, kernel, stride, expansion, out in _LITE0:
-            for repeat in range(repeats):
+        blocks, self.taps, channels = [], set(), 32
+        for stage, (repeats, kernel, stride, expansion, out) in enumerate(_LITE0):
+            if stride > 1:
+                self.taps.add(len(blocks) - 1)  # the last block at each resolution: 112, 56, 28, 14, and 7 below
+            ends = stage in (0, len(_LITE0) - 1)
+            for repeat in range(repeats if ends else math.ceil(depth * repeats)):
                 blocks.append(_Block(channels, out, kernel, stride if repeat == 0 else 1, expansion))
                 channels = out
+        self.taps.add(len(blocks) - 1)
         self._blocks = nn.ModuleList(blocks)
+
+    def load(self, file: str) -> None:
+        """Take the weights of a published file, without its head, for use without training."""
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
+        self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Features of (B, 3, H, W) in [0, 1]: five of (B, C, s, s), s = 112, 56, 28, 14, 7."""
@@ -229,7 +244,7 @@ class EfficientNetLite0Features(nn.Module):
         taps = []
         for index, block in enumerate(self._blocks):
             x = block(x)
-            if index in _TAPS:
+            if index in self.taps:
                 taps.append(x)
         return taps
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vml_ldm.objective import Prior, data_term, denoise_pullback
-from vml_ldm.operators import Measurement, column, conjugate_gradients, is_linear, squares
+from vml_ldm.operators import Measurement, column, conjugate_gradients, is_linear, normal_of, squares
 from vml_ldm.solve import Generators, Metered, Schedule, Solution, conclude, noise_like
 
 Step = Callable[[int, Tensor, float, float], Tensor]  # (level, x_t, alpha, sigma) -> x at the next level
@@ -310,6 +310,6 @@ def _proximal(image: Tensor, measurement: Measurement, variance: float) -> Tenso
     if hasattr(operator, "solve"):
         change = operator.solve(b, rho)
     else:
-        normal = lambda v: operator.adjoint(operator(v)) + column(rho, v) * v  # noqa: E731
-        change = conjugate_gradients(normal, b, iterations=50)
+        normal = normal_of(operator)
+        change = conjugate_gradients(lambda v: normal(v) + column(rho, v) * v, b, iterations=50)
     return (image + change).clamp(0, 1)

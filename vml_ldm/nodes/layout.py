@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
-from ..measuring import pick_start
+from ..measuring import NEAR, pick_start
 from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
 
 
@@ -106,7 +106,7 @@ class Seen:
 
     def guess(self, y: Tensor, noise_std: Tensor) -> Tensor:
         """(B, 3, height, width) in [0, 1]: a canvas that agrees with y up to its noise (B,), on y's device."""
-        return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std)
+        return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std, tolerance=NEAR)
 
     def start(self, stride: int) -> str:
         """Where VML starts, see `pick_start`."""

@@ -60,6 +60,10 @@ class LinearOperator(Operator):
     def adjoint(self, y: Tensor) -> Tensor:
         """``A^T y`` (B, C, H, W), real: ``Re <A x, y> = <x, A^T y>``."""
 
+    def normal(self, image: Tensor) -> Tensor:
+        """``A^T A image``, (B, C, H, W)."""
+        return self.adjoint(self(image))
+
     def pinv(self, y: Tensor) -> Tensor:
         """An image-shaped inverse (B, C, H, W), linear in y and not clamped.
 
@@ -77,7 +81,7 @@ class LinearOperator(Operator):
             rho: > 0, a number or (B,).
         """
         rho = check_rho(rho, b)
-        return conjugate_gradients(lambda x: self.adjoint(self(x)) + rho * x, b)
+        return conjugate_gradients(lambda x: self.normal(x) + rho * x, b)
 
     def start(self, y: Tensor) -> Tensor:
         """An image (B, C, H, W) in [0, 1] to begin from: the pseudo-inverse nearest to mid-grey, clamped.
@@ -99,7 +103,7 @@ class OrthonormalRows(LinearOperator):
 
     def solve(self, b: Tensor, rho: float | Tensor) -> Tensor:
         """``P b / (1 + rho) + (b - P b) / rho``, ``P = A^T A``. Arguments as in `LinearOperator.solve`."""
-        rho, seen = check_rho(rho, b), self.adjoint(self(b))
+        rho, seen = check_rho(rho, b), self.normal(b)
         return seen / (1 + rho) + (b - seen) / rho
 
 
@@ -173,6 +177,11 @@ def start_of(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
             "Begin from noise, or pass an operator with this method."
         )
     return operator.start(y)
+
+
+def normal_of(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
+    """``A^T A`` of a linear operator, one of ours or its like."""
+    return getattr(operator, "normal", lambda image: operator.adjoint(operator(image)))
 
 
 def conjugate_gradients(

@@ -131,6 +131,12 @@ class GaussianBlur(Separable):
             raise ValueError(f"std is {std}; expected > 0, in pixels.")
         self.std, self.boundary = float(std), _check_boundary(boundary)
 
+    def normal(self, image: Tensor) -> Tensor:
+        """``A^T A x = (L^T L) x (R^T R)``, (B, C, H, W)."""
+        expect(image, "image", ("B", "C", "H", "W"), "Add the axes that are missing.")
+        rows, columns = (self._keep(n, image, "normal")[0] for n in image.shape[2:])
+        return rows @ image @ columns
+
     def pinv(self, y: Tensor) -> Tensor:
         """``(A^T A + 0.01 I)^-1 A^T y``: the exact pseudo-inverse of a Gaussian returns nothing but noise."""
         return LinearOperator.pinv(self, y)

@@ -14,6 +14,7 @@ from .smoothing import roughness_gradient, solve_smooth
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
 _TONES = (0.1, 0.5, 0.9)  # of a dark, a grey and a bright picture
 _SLOPE = 0.1  # rms difference of neighbouring pixels of a picture, about
+_TOLERANCE = 1e-4
 _LEAST_NOISE = 0.01  # a noiseless y weighs as one with so much noise against the smoothness of a guess
 
 
@@ -101,7 +102,9 @@ class Measurement:
             return start_of(self.operator, self.y)
 
     @torch.no_grad()
-    def guess(self, size: tuple[int, int], *, noise: float | Tensor = 0.0, steps: int = 20) -> Tensor:
+    def guess(
+        self, size: tuple[int, int], *, noise: float | Tensor = 0.0, steps: int = 20, tolerance: float = _TOLERANCE
+    ) -> Tensor:
         """(B, 3, H, W) in [0, 1]: an image that agrees with y about as well as one can without a prior.
 
         Of a linear operator with an adjoint, the smooth one: `smooth` with a slope of 0.1, from the operator's `start`
@@ -113,6 +116,7 @@ class Measurement:
             size: (height, width) in pixels.
             noise: standard deviation of the noise in y, a number or (B,); less than 0.01 counts as 0.01.
             steps: of least squares, each of three calls of the operator and one backward pass through it.
+            tolerance: as in `smooth`.
 
         Raises:
             ValueError: the operator's start has another size.
@@ -123,11 +127,19 @@ class Measurement:
         expect(image, "the operator's start(y)", tuple(grey.shape), "It is an image of the model's size.")
         if linear:
             noise = torch.as_tensor(noise, dtype=image.dtype, device=image.device).clamp(min=_LEAST_NOISE)
-            image = self.smooth(image, noise=noise, slope=_SLOPE).clamp(0, 1)
+            image = self.smooth(image, noise=noise, slope=_SLOPE, tolerance=tolerance).clamp(0, 1)
         return image
 
     @torch.no_grad()
-    def smooth(self, image: Tensor, *, noise: float | Tensor, slope: float, of: Tensor | None = None) -> Tensor:
+    def smooth(
+        self,
+        image: Tensor,
+        *,
+        noise: float | Tensor,
+        slope: float,
+        of: Tensor | None = None,
+        tolerance: float = _TOLERANCE,
+    ) -> Tensor:
         """The minimiser x of ``|y - A x|^2 / noise^2 + R(x - of) / slope^2``, searched for from an image, not clamped.
 
         ``R(v) = |grad v|^2 + 10 |grad (v - mean of its channels)|^2`` sums squared differences of neighbouring pixels
@@ -138,6 +150,7 @@ class Measurement:
             noise: > 0, a number or (B,), in units of y.
             slope: how much neighbouring pixels differ.
             of: (B, 3, H, W), the picture from which the answer is to differ smoothly; None: a constant one.
+            tolerance: of its conjugate gradients, relative, for what R alone determines.
 
         Raises:
             TypeError: the operator is not linear or has no adjoint.
@@ -148,7 +161,7 @@ class Measurement:
         rough = image if of is None else image - of
         with uncast(image):
             b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
-            return image + solve_smooth(self.operator, b, weight)
+            return image + solve_smooth(self.operator, b, weight, tolerance)
 
     def unseen(self, size: tuple[int, int], cell: int) -> Tensor:
         """(B,): the share of the cells of an image of which y may tell nothing, to first order, in [0, 1].

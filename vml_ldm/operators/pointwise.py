@@ -49,7 +49,7 @@ class Grayscale(LinearOperator):
     def solve(self, b: Tensor, rho: float | Tensor) -> Tensor:
         """``(b - w (w . b) / (|w|^2 + rho)) / rho``. Arguments as in `LinearOperator.solve`."""
         rho, norm = check_rho(rho, b), self._norm(b)
-        seen = self.adjoint(self(b)) / norm
+        seen = self.normal(b) / norm
         return seen / (norm + rho) + (b - seen) / rho
 
     def start(self, y: Tensor) -> Tensor:

@@ -68,15 +68,17 @@ class Separable(LinearOperator):
         return size
 
     def _keep(self, n: int, like: Tensor, what: str) -> tuple[Tensor, ...]:
-        """The matrix of n pixels, or its thin SVD (U, s, V), as ``like`` wants it."""
+        """The matrix M of n pixels, M^T M ("normal"), or the thin SVD (U, s, V), as ``like`` wants it."""
         key = (what, n, like.dtype, like.device)
         if key not in self._kept:
             with torch.inference_mode(False):  # what is kept may meet autograd later
-                made = (self._matrix(n),) if what == "matrix" else _svd(self._matrix(n))
-                self._kept[key] = tuple(part.to(like) for part in made)
+                self._kept[key] = tuple(part.to(like) for part in _MADE[what](self._matrix(n)))
         return self._kept[key]
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh.mT
+
+
+_MADE = {"matrix": lambda matrix: (matrix,), "normal": lambda matrix: (matrix.mT @ matrix,), "svd": _svd}

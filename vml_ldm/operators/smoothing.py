@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LinearOperator, conjugate_gradients
+from .base import LinearOperator, conjugate_gradients, normal_of
 
 _COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
 _STEPS = 100
-_TOLERANCE = 1e-4  # of the energy's root, for what R alone determines
 
 
 def roughness_gradient(image: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def roughness_gradient(image: Tensor) -> Tensor:
     return -F.pad(down, (0, 0, 1, 1)).diff(dim=2) - F.pad(right, (1, 1)).diff(dim=3)
 
 
-def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor) -> Tensor:
+def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor, tolerance: float) -> Tensor:
     """``(A^T A + weight R)^-1 b``, (B, C, H, W), R as in `roughness_gradient`.
 
     At most 100 conjugate gradients with the preconditioner of Bramble, Pasciak and Xu (1990) for R and for the row sums
@@ -35,19 +34,21 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor) -> Tensor:
     Args:
         b: (B, C, H, W).
         weight: (B or 1, 1, 1, 1), > 0.
+        tolerance: of the energy's root, for what R alone determines.
     """
     channels = b.shape[1]
     stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
-    seen = operator.adjoint(operator(torch.ones_like(b))).abs()
+    normal = normal_of(operator)
+    seen = normal(torch.ones_like(b)).abs()
     grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
     from_finest = zip(*(accumulate(axis, torch.matmul) for axis in zip(*grids, strict=True)), strict=True)
     diagonals = [seen + stiffness]
     diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
     return conjugate_gradients(
-        lambda v: operator.adjoint(operator(v)) + weight * roughness_gradient(v),
+        lambda v: normal(v) + weight * roughness_gradient(v),
         b,
         iterations=_STEPS,
-        tolerance=_TOLERANCE * weight.flatten().sqrt().clamp(max=1),
+        tolerance=tolerance * weight.flatten().sqrt().clamp(max=1),
         precondition=partial(_on_all_grids, grids=grids, diagonals=diagonals),
     )
 
