@@ -5,10 +5,10 @@
 One command gets the images (``npm pack``, or ``--data FOLDER``), splits them by base emoji, trains the autoencoder,
 caches its latents, trains the UNet together with the text encoder, exports a folder that stock diffusers loads, and
 draws sample sheets. The stages are budgeted in minutes (``--vae-minutes``, ``--unet-minutes``) and their schedules run
-over that time; with the defaults the whole takes about two hours and a quarter on two cores with AVX512-bf16. Stop it
-with Ctrl-C and run it again to go on from the last checkpoint in ``--work``. Losses go to ``losses.jsonl`` there.
+over that time; with the defaults the whole takes about four hours on two cores with AVX512-bf16. Stop it with Ctrl-C
+and run it again to go on from the last checkpoint in ``--work``. Losses go to ``losses.jsonl`` there.
 
-Needs torch, diffusers, transformers, tokenizers, safetensors, emoji, Pillow, numpy, and npm for the download.
+Needs the package with its extra "train" (``pip install -e ".[train]"``), and npm for the download.
 """
 
 from __future__ import annotations
@@ -721,13 +721,16 @@ def sheet(rows: list[torch.Tensor], path: Path) -> None:
 
 
 def report(folder: Path, held_out: list[data.Item]) -> None:
-    """Load the export as anyone would; draw its samples, its reconstructions, and print its round-trip PSNR."""
+    """Load the export as anyone would; draw its samples, its reconstructions, and print how good its round trip is."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     images = data.untouched(held_out)
     decoded = round_trip(pipe.vae, images)
     quality = psnr(decoded, images)
+    pairs = zip(decoded.split(8), images.split(8), strict=True)
+    apart = torch.cat([PerceptualDistance()(((a + 1) / 2).clamp(0, 1), (b + 1) / 2) for a, b in pairs])
     print(f"round trip of {len(images)} held-out emoji: {quality.mean():.2f} dB (least {quality.min():.2f})")
+    print(f"their EfficientNet-Lite0 distance: {apart.mean():.3f}")
     shown = torch.linspace(0, len(images) - 1, 8).long()
     sheet([images[shown], decoded[shown]], folder / "reconstructions.png")
     unseen = [held_out[int(i)].prompt for i in shown]
@@ -763,7 +766,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=62)
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
-    parser.add_argument("--decoder-minutes", type=float, default=0, help="then train the decoder alone for so long")
+    parser.add_argument("--decoder-minutes", type=float, default=40, help="then train the decoder alone for so long")
     parser.add_argument("--tiny-minutes", type=float, default=30, help="for the small decoder of the gradients")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

@@ -31,7 +31,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float = 1.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -77,8 +77,10 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
           short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
           `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
           and share the budget: K is lowered to what it pays, but not below 1.
-        - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
-          more than a tenth of that level's noise. RED-diff takes no guidance.
+        - `guidance_scale` is 1, none: the estimate is conditioned on the prompt alone, and y says the rest. (Guidance
+          moves the state handed to the next level, by no more than a tenth of that level's noise. On 16 validation
+          images a scale of 7.5 cost 0.4 dB where half of a picture is missing, 0.1 dB in other tasks.) RED-diff takes
+          none.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.
 
         Args:

@@ -47,9 +47,9 @@ def build(pipe: VMLInpaintPipeline) -> gr.Blocks:
                     mend = _restore_tab()
             stop, shown = _results()
         one = {"concurrency_limit": 1, "concurrency_id": "solver", "outputs": shown}
-        shared = settings.values()
-        paint.button.click(_inpainting(solver), [*paint.inputs, *shared], api_name="inpaint", **one)
-        mend.button.click(_restoring(solver), [*mend.inputs, *shared], api_name="restore", **one)
+        asked = lambda tab: [*tab.inputs, *settings.values(), tab.guidance]  # noqa: E731
+        paint.button.click(_inpainting(solver), asked(paint), api_name="inpaint", **one)
+        mend.button.click(_restoring(solver), asked(mend), api_name="restore", **one)
         stop.click(solver.stop, queue=False, api_name=False)
         for tab in (paint, mend):
             tab.gallery.select(tab.pick, None, [tab.inputs[0], settings["prompt"]], api_name=False)
@@ -61,10 +61,12 @@ class Tab(NamedTuple):
 
     Attributes:
         inputs: the components that its button reads, before the shared settings; the picture first.
+        guidance: its own, read last.
         gallery: examples, and what picking one puts into picture and prompt.
     """
 
     inputs: list
+    guidance: gr.Slider
     button: gr.Button
     gallery: gr.Gallery
     pick: Callable
@@ -75,9 +77,12 @@ def _settings() -> dict[str, gr.components.Component]:
     with gr.Accordion("Settings", open=False):
         preset = gr.Radio(list(PRESETS), value="balanced", label="Preset", info="speed against quality")
         steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="denoiser evaluations; a preset halves or doubles it")
-        guidance = gr.Slider(1, 15, 7.5, step=0.5, label="Guidance", info="1 = off")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    return {"prompt": prompt, "preset": preset, "steps": steps, "guidance": guidance, "seed": seed}
+    return {"prompt": prompt, "preset": preset, "steps": steps, "seed": seed}
+
+
+def _guidance(value: float) -> gr.Slider:
+    return gr.Slider(1, 15, value, step=0.5, label="Guidance", info="towards the prompt; 1 = off")
 
 
 def _results() -> tuple[gr.Button, list]:
@@ -125,6 +130,7 @@ def _inpaint_tab() -> Tab:
         height=_SIDE,
         elem_id="editor",
     )
+    guidance = _guidance(7.5)
     button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
     pictures, gallery = _gallery()
 
@@ -132,7 +138,7 @@ def _inpaint_tab() -> Tab:
         picture, prompt = pictures[event.index]
         return {"background": picture, "layers": [], "composite": None}, prompt
 
-    return Tab([editor], button, gallery, pick)
+    return Tab([editor], guidance, button, gallery, pick)
 
 
 def _restore_tab() -> Tab:
@@ -149,13 +155,14 @@ def _restore_tab() -> Tab:
         list(widgets.values()),
         api_name=False,
     )
+    guidance = _guidance(1.0)
     button = gr.Button("Restore", variant="primary", elem_id="restore")
     pictures, gallery = _gallery()
 
     def pick(event: gr.SelectData):
         return pictures[event.index]
 
-    return Tab([picture, simulate, task, noise, *widgets.values()], button, gallery, pick)
+    return Tab([picture, simulate, task, noise, *widgets.values()], guidance, button, gallery, pick)
 
 
 def _widgets(task: str) -> dict[str, gr.components.Component]:
@@ -196,13 +203,13 @@ def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
 
 
 def _inpainting(solver: Solver) -> Callable:
-    def inpaint(editor, prompt, preset, steps, guidance, seed):
+    def inpaint(editor, *wishes):
         """Repaint what is painted over; pixels elsewhere come back unchanged."""
         picture, hole = _read_editor(editor)
         image, known = from_pil(picture), 1 - from_pil(hole, 1)
         posed = pose_hole(image, known, **solver.sizes)
         before = image * known + (1 - known) / 2
-        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, guidance, seed))
+        yield from _shown(solver, solver.inpaint, posed, before, _asked(*wishes))
 
     return inpaint
 
@@ -216,7 +223,7 @@ def _restoring(solver: Solver) -> Callable:
         with _telling():
             damaged = _damage(task, noise, dict(zip(PARAMETERS, parameters, strict=True)))
             y = from_pil(picture, 3 if simulate else damaged.damage.channels)
-            y = damaged.simulate(y, int(wishes[-1]), **solver.sizes) if simulate else y
+            y = damaged.simulate(y, _asked(*wishes)["seed"], **solver.sizes) if simulate else y
             posed = damaged.pose(y, **solver.sizes)
         yield from _shown(solver, solver.restore, posed, y, _asked(*wishes))
 
@@ -247,8 +254,8 @@ def _damage(task: str, noise: float, values: dict) -> Restore:
     return Restore(task, noise, oversize="fit", **values)
 
 
-def _asked(prompt: str, preset: str, steps: int, guidance: float, seed: int) -> dict:
-    """The shared settings as the pipelines' arguments."""
+def _asked(prompt: str, preset: str, steps: int, seed: int, guidance: float) -> dict:
+    """The settings as the pipelines' arguments."""
     return {
         "prompt": prompt,
         "preset": preset,

@@ -269,7 +269,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipeline's (50)")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="default: the pipeline's (7.5)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="SCALE", help="default: the pipeline's (inpaint 7.5, restore 1)"
+    )
 
 
 def _positive(text: str) -> int:

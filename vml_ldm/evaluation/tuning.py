@@ -18,16 +18,16 @@ Point = tuple[tuple[str, float], ...]  # (name, value) of a method's settings
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "red-diff": {"lambda_": (0.25, 0.00390625, 0.015625, 0.0625, 1.0), "lr": (0.1, 0.5)},
     "latent-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
-    "psld": {"omega": (1.0, 0.3, 3.0, 10.0), "gamma": (0.1, 0.01, 1.0)},
-    "resample": {"every": (5, 2, 10), "lr": (0.05, 0.02, 0.1), "gamma": (40.0, 4.0)},
-    "flow-dps": {"length": (1.0, 0.3, 3.0, 10.0), "steps": (3, 1)},
+    "psld": {"omega": (1.0, 0.3, 3.0, 10.0), "gamma": (0.1, 0.01)},
+    "resample": {"every": (5, 2, 10), "lr": (0.05, 0.02, 0.1)},
+    "flow-dps": {"length": (1.0, 0.3, 3.0, 10.0, 30.0), "steps": (3, 1)},
     "latent-daps": {"lr": (0.1, 0.03, 0.3), "steps": (10, 5)},
-    "latino": {"delta": (0.1, 0.01, 0.03, 0.3, 1.0)},
+    "latino": {"delta": (0.1, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0)},
     "azula-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
     "azula-pigdm": {"eta": (1.0, 0.0)},
-    "azula-mmps": {"iterations": (1, 3, 5), "eta": (1.0, 0.0)},
+    "azula-mmps": {"iterations": (1, 3, 5)},
     "azula-tmpd": {"eta": (1.0, 0.0)},
-    "azula-diffpir": {"lmbda": (10.0, 0.1, 1.0), "iterations": (1, 3), "eta": (1.0, 0.0)},
+    "azula-diffpir": {"lmbda": (10.0, 1.0, 0.1), "iterations": (3, 5)},
 }
 
 # (method, task, sigma_y) -> the best of the grid; what is not listed has the grid's first point

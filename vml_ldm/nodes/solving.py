@@ -54,7 +54,7 @@ class _SolvingNode(io.ComfyNode):
     """An all-in-one node. A subclass gives its name, what its image is, its own inputs and `execute`."""
 
     name, about, result = "", "", ""
-    starts, start_tip = STARTS, _START
+    starts, start_tip, cfg = STARTS, _START, 7.5
 
     @classmethod
     def inputs(cls) -> list:
@@ -75,7 +75,7 @@ class _SolvingNode(io.ComfyNode):
                 *cls.inputs(),
                 io.Int.Input("seed", default=0, min=0, max=_MOST, control_after_generate=True, tooltip=_SEED),
                 io.Int.Input("steps", default=50, min=1, max=10000, tooltip=_STEPS),
-                io.Float.Input("cfg", default=7.5, min=1.0, max=100.0, step=0.1, tooltip=_CFG),
+                io.Float.Input("cfg", default=cls.cfg, min=1.0, max=100.0, step=0.1, tooltip=_CFG),
                 _noise(),
                 io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=_PRESET),
                 io.Combo.Input("scheduler", options=list(SCHEDULERS), default=SCHEDULERS[0], tooltip=_SCHEDULER),
@@ -134,7 +134,7 @@ class VMLRestore(_SolvingNode):
     name = "VML Restore"
     about = "Finds a picture that the operator turns into the one at hand."
     result = "Of the input's size, times the operator's factor."
-    starts, start_tip = ("auto", *STARTS), f"{_START} {_STARTS}"
+    starts, start_tip, cfg = ("auto", *STARTS), f"{_START} {_STARTS}", 1.0
 
     @classmethod
     def inputs(cls) -> list:
