@@ -97,7 +97,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
             start: "noise", or "measurement": an image that agrees with y (`Measurement.guess`: the operator's own
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level, which is the
                 noisiest of at most 1. None: "measurement"; for VML "noise" where the operator may see nothing of
-                some latent of an image of the batch (a hole, clipped light), see `Measurement.unseen`.
+                some latent of an image of the batch, or not its colours (a hole, clipped light, a grey picture), see
+                `Measurement.unseen`.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y by the decoder alone

@@ -620,14 +620,14 @@ def test_a_guess_is_the_start_where_there_is_one_and_never_worse_than_grey():
         seen_through(Unwilling(0.5), x).guess(SIZE)
 
 
-def test_a_cell_is_unseen_where_y_tells_nothing_of_any_of_it():
+def test_a_cell_is_unseen_where_y_tells_nothing_of_any_of_it_or_not_its_colours():
     x = images()
     hole, speck = torch.ones(1, 1, *SIZE), torch.ones(1, 1, *SIZE)
     hole[..., :8, :8], speck[..., 1:8, :8] = 0, 0
     share = 8 * 8 / (SIZE[0] * SIZE[1])
     for operator, expected in [
         (Mask(hole), share), (Mask(speck), 0), (GaussianBlur(1.0) @ Mask(hole), share), (Downsample(4), 0),
-        (Grayscale(), 0), (JPEG(20), 0), (FourierLines(SIZE, 0.5), 0), (PhaseRetrieval(), 0),
+        (Grayscale(), 1), (Grayscale() @ Downsample(4), 1), (JPEG(20), 0), (FourierLines(SIZE, 0.5), 0), (PhaseRetrieval(), 0),
     ]:  # fmt: skip
         unseen = seen_through(operator, x).unseen(SIZE, 8)
         assert unseen.shape == (len(x),) and torch.allclose(unseen, torch.full_like(unseen, expected)), operator

@@ -38,7 +38,7 @@ _PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
 )
 _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), ddim_uniform for all others."
 _START = "noise, or measurement: from the picture at hand, noised."
-_STARTS = "auto: measurement where the picture tells of every part of the result, noise where it has holes."
+_STARTS = "auto: measurement where the picture tells of every part and colour of the result, else noise."
 _SIGMAS = (
     "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
     "from the measurement."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -164,34 +165,38 @@ class Measurement:
             return image + solve_smooth(self.operator, b, weight, tolerance)
 
     def unseen(self, size: tuple[int, int], cell: int) -> Tensor:
-        """(B,): the share of the cells of an image of which y may tell nothing, to first order, in [0, 1].
+        """(B,): the share of the cells of an image of which y may tell nothing, or not all colours, in [0, 1].
 
-        A cell is seen if the gradient of the residual, for a random cotangent, is not zero in all of it, and that in a
-        dark, a grey and a bright picture: what clips light does not see all. One backward pass through the operator
-        each. What y is plays no part, so that the images of a batch are judged as they are alone.
+        To first order: a cell is seen if the gradients of the residual in it, for three random cotangents, are not zero
+        and span the three colours; unless the operator is linear, in a dark, a grey and a bright picture, for what clips
+        light does not see all. One backward pass through the operator each. What y is plays no part, so that the images
+        of a batch are judged as they are alone.
 
         Args:
             size: (height, width) in pixels.
             cell: side of a cell in pixels, a divisor of both.
         """
-        least = torch.stack([self._sensitivity(self._plain(size, tone), cell) for tone in _TONES]).amin(0)
-        return (least == 0).float().mean(dim=(1, 2, 3))
+        tones = _TONES[:1] if is_linear(self.operator) else _TONES
+        seen = [self._sees(self._plain(size, tone), cell) for tone in tones]
+        return 1 - torch.stack(seen).all(0).float().mean(dim=(1, 2))
 
     def _plain(self, size: tuple[int, int], tone: float) -> Tensor:
         """(B, 3, height, width): images of one grey, as many as there are in y."""
         return torch.full((len(self.y), 3, *size), tone, dtype=self.y.real.dtype, device=self.y.device)
 
-    def _sensitivity(self, image: Tensor, cell: int) -> Tensor:
-        """(B, 1, H / cell, W / cell): the largest gradient in each cell, 0 where it is within rounding of that."""
+    def _sees(self, image: Tensor, cell: int) -> Tensor:
+        """(B, H / cell, W / cell): whether all colours of each cell move y, beyond rounding."""
         with torch.enable_grad(), uncast(image):
             source = image.detach().requires_grad_()
-            residual = self.residual(source)
-            draw = torch.randn(residual.shape[1:], generator=torch.Generator().manual_seed(0), dtype=residual.dtype).to(
-                residual.device
-            )
-            (gradient,) = torch.autograd.grad(residual, source, draw.expand_as(residual))
-        cells = F.max_pool2d(gradient.abs().amax(1, keepdim=True), cell)
-        return cells * (cells > torch.finfo(cells.dtype).eps * cells.amax(dim=(1, 2, 3), keepdim=True))
+            residual, generator = self.residual(source), torch.Generator().manual_seed(0)
+            draws = torch.randn(3, *residual.shape[1:], generator=generator, dtype=residual.dtype).to(residual.device)
+            pull = partial(torch.autograd.grad, residual, source, retain_graph=True)
+            gradients = torch.stack([pull(draw.expand_as(residual))[0] for draw in draws]).double()
+        pairs = torch.einsum("nbihw,nbjhw->bijhw", gradients, gradients).flatten(1, 2)
+        grams = F.avg_pool2d(pairs, cell).unflatten(1, (3, 3)).movedim((1, 2), (3, 4))
+        power = torch.linalg.eigvalsh(grams)  # rising, of three colours
+        eps = torch.finfo(image.dtype).eps
+        return power[..., 0] > eps * power[..., -1] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)[..., 0]
 
     def _begin(self, grey: Tensor, steps: int) -> Tensor:
         """The operator's start; if there is none, least squares from grey."""
