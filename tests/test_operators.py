@@ -627,7 +627,8 @@ def test_a_cell_is_unseen_where_y_tells_nothing_of_any_of_it_or_not_its_colours(
     share = 8 * 8 / (SIZE[0] * SIZE[1])
     for operator, expected in [
         (Mask(hole), share), (Mask(speck), 0), (GaussianBlur(1.0) @ Mask(hole), share), (Downsample(4), 0),
-        (Grayscale(), 1), (Grayscale() @ Downsample(4), 1), (JPEG(20), 0), (FourierLines(SIZE, 0.5), 0), (PhaseRetrieval(), 0),
+        (Grayscale(), 1), (Grayscale() @ Downsample(4), 1), (JPEG(20), 0), (FourierLines(SIZE, 0.5), 0),
+        (PhaseRetrieval(), 0),
     ]:  # fmt: skip
         unseen = seen_through(operator, x).unseen(SIZE, 8)
         assert unseen.shape == (len(x),) and torch.allclose(unseen, torch.full_like(unseen, expected)), operator

@@ -103,8 +103,8 @@ def measure_known(
 def pick_start(observed: Measurement, size: tuple[int, int], cell: int) -> str:
     """Where VML starts, one of `vml_ldm.presets.STARTS`: from the measurement if all of it is seen, else from noise.
 
-    A guess tells nothing of what is inside a hole or of colours that were lost, and is hard to leave once the solver has
-    begun there: what was measured in grey stays grey.
+    A guess tells nothing of what is inside a hole or of colours that were lost, and is hard to leave once the solver
+    has begun there: what was measured in grey stays grey.
 
     Args:
         size: (height, width) of the image in pixels.

@@ -118,8 +118,8 @@ def pick_levels(noise: Sequence[float], count: int, start: str = "noise") -> lis
 
 
 # Chosen on validation images: few levels with many inner steps beat many levels with few, and steps at the last level,
-# which y alone can still correct, beat steps before it. Half the inner steps, and so twice the levels, for a restoration
-# from noise: what a hole takes, or lost colour and light, is levels.
+# which y alone can still correct, beat steps before it. Half the inner steps, and so twice the levels, for a
+# restoration from noise: what a hole takes, or lost colour and light, is levels.
 PRESETS = {
     "fast": Settings(budget=0.5, inner_steps=4),
     "balanced": Settings(budget=1.0, inner_steps=7),

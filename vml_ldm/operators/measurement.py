@@ -168,9 +168,9 @@ class Measurement:
         """(B,): the share of the cells of an image of which y may tell nothing, or not all colours, in [0, 1].
 
         To first order: a cell is seen if the gradients of the residual in it, for three random cotangents, are not zero
-        and span the three colours; unless the operator is linear, in a dark, a grey and a bright picture, for what clips
-        light does not see all. One backward pass through the operator each. What y is plays no part, so that the images
-        of a batch are judged as they are alone.
+        and span the three colours; unless the operator is linear, in a dark, a grey and a bright picture, for what
+        clips light does not see all. One backward pass through the operator each. What y is plays no part, so that the
+        images of a batch are judged as they are alone.
 
         Args:
             size: (height, width) in pixels.
