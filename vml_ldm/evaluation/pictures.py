@@ -24,7 +24,7 @@ from vml_ldm.evaluation.table import Group
 from vml_ldm.images import load_image, to_pil
 
 _ON_SHEET, _ON_STRIP = 8, 4  # images
-_SHOWN = ("red-diff",)  # on strips, beside the first method
+_SHOWN = ("red-diff", "red-diff-tuned")  # on strips, beside the first method
 
 Rows = list[tuple[str, list[Image.Image]]]
 
