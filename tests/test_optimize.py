@@ -9,7 +9,7 @@ from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
-from vml_ldm.optimize import InnerStep, correct, descend, precondition, secant_length
+from vml_ldm.optimize import Descent, InnerStep, correct, descend, precondition, secant_length
 
 DOUBLE = {"dtype": torch.float64}
 NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)
@@ -358,6 +358,17 @@ def test_a_correction_moves_nothing_that_y_does_not_tell():
     inner, found = corrected(at, draw(1, 1, 1, 6), steps=10, stop_at=0)
     moved = (found.z0_hat - inner.z0_hat).abs().flatten()
     assert moved[:2].min() > 0.01 and moved[2:].max() < 1e-12
+
+
+def test_a_correction_leaves_an_image_of_which_the_operator_sees_nothing():
+    """In float32, where the length of a step of nothing must not overflow: all light of the first is clipped."""
+    prior, _, _ = random_problem()
+    prior.decode = lambda z: z
+    z = torch.tensor([[2.0] * 6, [0.4] * 6])[:, None, None]
+    measurement = Measurement(lambda x: (2 * x - 0.5).clamp(0, 1), torch.full_like(z, 0.5), 0.01)
+    inner = Descent(z, z, *(torch.zeros(2) for _ in range(3)))
+    found = correct(inner, prior=prior, measurement=measurement, noise=1.0, steps=3)
+    assert torch.equal(found.z0_hat[0], z[0]) and torch.allclose(found.z0_hat[1], torch.tensor(0.5), atol=0.01)
 
 
 def test_a_corrected_batch_is_what_its_images_are_alone():

@@ -388,8 +388,8 @@ def step_length(
         noise: ``sigma / alpha``, the level's noise in VE units.
     """
     tiny = torch.finfo(d.dtype).tiny
-    length = squares(d)
-    h = _PROBE * (d[0].numel() / length.clamp(min=tiny)).sqrt()
+    length, count = squares(d), d[0].numel()
+    h = _PROBE * (count / length.clamp(min=count * tiny)).sqrt()  # finite where d is 0
     ahead = measurement.residual(prior.decode(z0_hat + column(h, d) * d))
     data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2

@@ -221,7 +221,7 @@ class Measurement:
             (d,) = torch.autograd.grad(residual, source, -residual.detach())  # A'^T (y - A(x))
         residual = residual.detach()
         tiny = torch.finfo(d.dtype).tiny
-        h = _PROBE * (d[0].numel() / squares(d).clamp(min=tiny)).sqrt()
+        h = _PROBE * (d[0].numel() / squares(d).clamp(min=d[0].numel() * tiny)).sqrt()  # finite where d is 0
         change = residual - self.residual((image + column(h, d) * d).clamp(0, 1))  # about h A' d
         length = h * (change.conj() * residual).real.flatten(1).sum(1) / squares(change).clamp(min=tiny)
         ahead = (image + column(share * length, d) * d).clamp(0, 1)
