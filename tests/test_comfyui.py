@@ -124,7 +124,7 @@ def graph(node: str, **inputs) -> dict:
     prompt = inputs.pop("prompt", PICTURE)
     shared = {"model": ["1", 0], "vae": ["1", 1], "positive": ["1", 2], "negative": ["1", 3], "image": ["2", 0]}
     own = {"seed": 0, "steps": 8, "cfg": 7.5, "sigma_y": 0.0, "preset": "fast", "scheduler": "ddim_uniform"}
-    own |= {"start": "noise", "mask": ["2", 1]} if node == "VMLInpaint" else {"start": "noise"}
+    own |= {"start": "noise", "mask": ["2", 1]} if node == "VMLInpaint" else {"start": "noise", "cfg": 1.0}
     return {
         "1": {"class_type": "VMLLoadBundled", "inputs": {"prompt": prompt, "negative_prompt": ""}},
         "2": {"class_type": "VMLLoadExample", "inputs": {"picture": PICTURE, "hole": 0.5}},

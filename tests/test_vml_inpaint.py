@@ -141,17 +141,27 @@ def test_same_seed_same_result_other_seed_another(pipe):
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
+@pytest.fixture(scope="module")
+def double():
+    """In float64, where rounding stays below what is compared."""
+    pipe = VMLInpaintPipeline.from_pretrained(bundled_model(), safety_checker=None, torch_dtype=torch.float64)
+    pipe.gradient_vae.to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.mark.parametrize("jacobian", ["exact", "free"])
-def test_a_batch_of_four_is_four_calls(pipe, jacobian):
+def test_a_batch_of_four_is_four_calls(double, jacobian):
+    """To the last digits: in float32 the conjugate directions make up to two 8-bit values of them."""
     prompts = [EXAMPLES[i][1] for i in range(4)]
     images, masks = [picture(i) for i in range(4)], [right_half()] * 3 + [right_half().transpose(Image.ROTATE_90)]
     common = {"output_type": "np", "jacobian": jacobian, "inner_steps": 3, "num_inference_steps": 12}
-    batch = call(pipe, prompt=prompts, image=images, mask_image=masks, generator=seeds(0, 1, 2, 3), **common).images
+    batch = call(double, prompt=prompts, image=images, mask_image=masks, generator=seeds(0, 1, 2, 3), **common).images
     alone = [
-        call(pipe, prompt=p, image=i, mask_image=m, generator=seeds(s), **common).images[0]
+        call(double, prompt=p, image=i, mask_image=m, generator=seeds(s), **common).images[0]
         for s, (p, i, m) in enumerate(zip(prompts, images, masks, strict=True))
     ]
-    assert np.abs(batch - np.stack(alone)).max() <= 1 / 255
+    assert np.abs(batch - np.stack(alone)).max() <= 1e-6
 
 
 def test_one_prompt_serves_several_images_and_each_may_come_in_copies(pipe):
