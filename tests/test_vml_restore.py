@@ -28,7 +28,7 @@ from vml_ldm.operators import (
     PhaseRetrieval,
 )
 from vml_ldm.pipelines._common import to_y
-from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, count_sampled, pick_levels, settings
+from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, count_sampled, pick_levels
 from vml_ldm.red import red_diff_levels
 
 SIZE = 64
@@ -259,24 +259,6 @@ def test_it_starts_from_the_measurement_unless_a_latent_or_a_colour_is_not_seen(
     images = [call(pipe, operator, start=s, **problem).images for s in (None, "noise", "measurement")]
     assert torch.equal(images[0], images[1]) == (start == "noise")
     assert torch.equal(images[0], images[2]) == (start == "measurement")
-
-
-@pytest.mark.parametrize(
-    "preset, steps, start, levels, inner_steps",
-    [
-        ("balanced", 50, "measurement", 4, 7),
-        ("balanced", 50, "noise", 10, 3),
-        ("fast", 50, "noise", 7, 2),
-        ("best", 50, "noise", 10, 7),
-        ("balanced", 16, "noise", 4, 2),
-        ("balanced", 4, "noise", 2, 1),
-    ],
-)
-def test_from_noise_the_budget_goes_to_levels(preset, steps, start, levels, inner_steps):
-    chosen = settings(preset, start=start)
-    assert chosen.split(steps) == (levels, inner_steps)
-    assert levels * (inner_steps + 1) + chosen.corrections(steps) <= chosen.budget * steps
-    assert settings(preset, start=start, inner_steps=5).split(steps)[1] == 5
 
 
 @pytest.mark.parametrize("name", PEERS)

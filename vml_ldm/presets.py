@@ -23,9 +23,8 @@ class Settings:
     Attributes:
         budget: denoiser evaluations, as a multiple of `num_inference_steps`.
         inner_steps: K, inner steps at each level.
-        fixed: K was asked for by name: it is not lowered for a short budget or a start from noise, and holds at the
-            last level too. Otherwise that level, whose estimate is the answer, takes 2 K if K > 1 and nothing corrects
-            it.
+        fixed: K was asked for by name: it is not lowered for a short budget, and holds at the last level too. Otherwise
+            that level, whose estimate is the answer, takes 2 K if K > 1 and nothing corrects it.
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
@@ -56,12 +55,9 @@ class Settings:
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
 
-        K is the preset's, or half of it where a restoration starts from noise, or less where that would leave fewer
-        than four levels (then at least 1).
+        K is the preset's, or less where that would leave fewer than four levels (then at least 1).
         """
         inner = self.inner_steps if self.fixed else self._affordable(_FEWEST_LEVELS, num_inference_steps)
-        if self.start == "noise" and not self.fixed:
-            inner = min(inner, max(1, self.inner_steps // 2))
         more = replace(self, inner_steps=inner).last_steps - inner
         return max(1, (self._evaluations(num_inference_steps) - more) // (inner + 1)), inner
 
@@ -118,8 +114,7 @@ def pick_levels(noise: Sequence[float], count: int, start: str = "noise") -> lis
 
 
 # Chosen on validation images: few levels with many inner steps beat many levels with few, and steps at the last level,
-# which y alone can still correct, beat steps before it. Half the inner steps, and so twice the levels, for a
-# restoration from noise: what a hole takes, or lost colour and light, is levels.
+# which y alone can still correct, beat steps before it.
 PRESETS = {
     "fast": Settings(budget=0.5, inner_steps=4),
     "balanced": Settings(budget=1.0, inner_steps=7),
