@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,16 +41,16 @@ def build(pipe: VMLInpaintPipeline) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\nInpainting and restoration by variational mode-seeking. Nothing leaves this machine.")
         with gr.Row():
             with gr.Column():
-                settings = _settings()
+                settings, guidance = _settings()
                 with gr.Tab("Inpaint"):
                     paint = _inpaint_tab()
                 with gr.Tab("Restore"):
                     mend = _restore_tab()
             stop, shown = _results()
         one = {"concurrency_limit": 1, "concurrency_id": "solver", "outputs": shown}
-        asked = lambda tab: [*tab.inputs, *settings.values(), tab.guidance]  # noqa: E731
-        paint.button.click(_inpainting(solver), asked(paint), api_name="inpaint", **one)
-        mend.button.click(_restoring(solver), asked(mend), api_name="restore", **one)
+        for name, tab, solving in (("inpaint", paint, _inpainting), ("restore", mend, _restoring)):
+            asked = [*tab.inputs, *settings.values(), guidance[name]]
+            tab.button.click(solving(solver), asked, api_name=name, **one)
         stop.click(solver.stop, queue=False, api_name=False)
         for tab in (paint, mend):
             tab.gallery.select(tab.pick, None, [tab.inputs[0], settings["prompt"]], api_name=False)
@@ -61,28 +62,28 @@ class Tab(NamedTuple):
 
     Attributes:
         inputs: the components that its button reads, before the shared settings; the picture first.
-        guidance: its own, read last.
         gallery: examples, and what picking one puts into picture and prompt.
     """
 
     inputs: list
-    guidance: gr.Slider
     button: gr.Button
     gallery: gr.Gallery
     pick: Callable
 
 
-def _settings() -> dict[str, gr.components.Component]:
+def _settings() -> tuple[dict[str, gr.components.Component], dict[str, gr.Slider]]:
+    """The shared settings, as handlers take them; and the guidance of each tab, which they take last."""
     prompt = gr.Textbox(label="Prompt", placeholder="what to paint; may stay empty", lines=1)
     with gr.Accordion("Settings", open=False):
         preset = gr.Radio(list(PRESETS), value="balanced", label="Preset", info="speed against quality")
         steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="denoiser evaluations; a preset halves or doubles it")
+        scale = partial(gr.Slider, 1, 15, step=0.5, info="1 = off")
+        guidance = {
+            "inpaint": scale(7.5, label="Guidance, inpainting"),
+            "restore": scale(1.0, label="Guidance, restoring"),
+        }
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    return {"prompt": prompt, "preset": preset, "steps": steps, "seed": seed}
-
-
-def _guidance(value: float) -> gr.Slider:
-    return gr.Slider(1, 15, value, step=0.5, label="Guidance", info="towards the prompt; 1 = off")
+    return {"prompt": prompt, "preset": preset, "steps": steps, "seed": seed}, guidance
 
 
 def _results() -> tuple[gr.Button, list]:
@@ -130,7 +131,6 @@ def _inpaint_tab() -> Tab:
         height=_SIDE,
         elem_id="editor",
     )
-    guidance = _guidance(7.5)
     button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
     pictures, gallery = _gallery()
 
@@ -138,7 +138,7 @@ def _inpaint_tab() -> Tab:
         picture, prompt = pictures[event.index]
         return {"background": picture, "layers": [], "composite": None}, prompt
 
-    return Tab([editor], guidance, button, gallery, pick)
+    return Tab([editor], button, gallery, pick)
 
 
 def _restore_tab() -> Tab:
@@ -155,14 +155,13 @@ def _restore_tab() -> Tab:
         list(widgets.values()),
         api_name=False,
     )
-    guidance = _guidance(1.0)
     button = gr.Button("Restore", variant="primary", elem_id="restore")
     pictures, gallery = _gallery()
 
     def pick(event: gr.SelectData):
         return pictures[event.index]
 
-    return Tab([picture, simulate, task, noise, *widgets.values()], guidance, button, gallery, pick)
+    return Tab([picture, simulate, task, noise, *widgets.values()], button, gallery, pick)
 
 
 def _widgets(task: str) -> dict[str, gr.components.Component]:
@@ -203,13 +202,13 @@ def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
 
 
 def _inpainting(solver: Solver) -> Callable:
-    def inpaint(editor, *wishes):
+    def inpaint(editor, prompt, preset, steps, seed, guidance):
         """Repaint what is painted over; pixels elsewhere come back unchanged."""
         picture, hole = _read_editor(editor)
         image, known = from_pil(picture), 1 - from_pil(hole, 1)
         posed = pose_hole(image, known, **solver.sizes)
         before = image * known + (1 - known) / 2
-        yield from _shown(solver, solver.inpaint, posed, before, _asked(*wishes))
+        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, seed, guidance))
 
     return inpaint
 
