@@ -191,12 +191,13 @@ class Measurement:
             residual, generator = self.residual(source), torch.Generator().manual_seed(0)
             draws = torch.randn(3, *residual.shape[1:], generator=generator, dtype=residual.dtype).to(residual.device)
             pull = partial(torch.autograd.grad, residual, source, retain_graph=True)
-            gradients = torch.stack([pull(draw.expand_as(residual))[0] for draw in draws]).double()
+            gradients = torch.stack([pull(draw.expand_as(residual))[0] for draw in draws]).cpu().double()
         pairs = torch.einsum("nbihw,nbjhw->bijhw", gradients, gradients).flatten(1, 2)
         grams = F.avg_pool2d(pairs, cell).unflatten(1, (3, 3)).movedim((1, 2), (3, 4))
         power = torch.linalg.eigvalsh(grams)  # rising, of three colours
         eps = torch.finfo(image.dtype).eps
-        return power[..., 0] > eps * power[..., -1] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)[..., 0]
+        least = eps * power[..., -1] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)[..., 0]
+        return (power[..., 0] > least).to(image.device)
 
     def _begin(self, grey: Tensor, steps: int) -> Tensor:
         """The operator's start; if there is none, least squares from grey."""
