@@ -25,7 +25,18 @@ from .objective import (
     denoise_pullback,
     linearise,
 )
-from .operators import Measurement, column, conjugate_gradients, dot, is_linear, normal_of, solves, squares, uncast
+from .operators import (
+    Measurement,
+    column,
+    conjugate_gradients,
+    dot,
+    is_linear,
+    length_of_rms,
+    normal_of,
+    solves,
+    squares,
+    uncast,
+)
 
 JACOBIANS = ("exact", "free")
 RULES = ("analytic", "secant")
@@ -388,11 +399,10 @@ def step_length(
         noise: ``sigma / alpha``, the level's noise in VE units.
     """
     tiny = torch.finfo(d.dtype).tiny
-    length, count = squares(d), d[0].numel()
-    h = _PROBE * (count / length.clamp(min=count * tiny)).sqrt()  # finite where d is 0
+    h = length_of_rms(d, _PROBE)
     ahead = measurement.residual(prior.decode(z0_hat + column(h, d) * d))
     data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
-    prior_curvature = (0.25 if jacobian == "exact" else 1.0) * length / noise**2
+    prior_curvature = (0.25 if jacobian == "exact" else 1.0) * squares(d) / noise**2
     return dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
 
 

@@ -25,7 +25,19 @@ linear one has ``adjoint(y)``, ``normal(x) = A^T A x``, ``pinv(y)`` and ``solve(
 (complex for FourierLines), and its device: at each call the tensors that an operator holds follow the image.
 """
 
-from .base import Compose, LinearOperator, Operator, column, conjugate_gradients, dot, normal_of, own, squares, uncast
+from .base import (
+    Compose,
+    LinearOperator,
+    Operator,
+    column,
+    conjugate_gradients,
+    dot,
+    length_of_rms,
+    normal_of,
+    own,
+    squares,
+    uncast,
+)
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
 from .foreign import Custom, LinearCustom, from_physics
 from .jpeg import JPEG
@@ -61,6 +73,7 @@ __all__ = [
     "dot",
     "from_physics",
     "is_linear",
+    "length_of_rms",
     "motion_kernel",
     "normal_of",
     "own",

@@ -241,6 +241,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
+def length_of_rms(d: Tensor, rms: float) -> Tensor:
+    """(B,): h for which each item's ``h d`` has that rms; finite where d is 0."""
+    count = d[0].numel()
+    return rms * (count / squares(d).clamp(min=count * torch.finfo(d.dtype).tiny)).sqrt()
+
+
 def count_values(y: Tensor) -> Tensor:
     """(B,): how many real values each item of y has, in y's real dtype."""
     return torch.full((len(y),), math.prod(y.shape[1:]) * (1 + y.is_complex()), dtype=y.real.dtype, device=y.device)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NoStartError, column, count_values, expect, squares, start_of, uncast
+from .base import NoStartError, column, count_values, expect, length_of_rms, squares, start_of, uncast
 from .smoothing import roughness_gradient, solve_smooth
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
@@ -222,7 +222,7 @@ class Measurement:
             (d,) = torch.autograd.grad(residual, source, -residual.detach())  # A'^T (y - A(x))
         residual = residual.detach()
         tiny = torch.finfo(d.dtype).tiny
-        h = _PROBE * (d[0].numel() / squares(d).clamp(min=d[0].numel() * tiny)).sqrt()  # finite where d is 0
+        h = length_of_rms(d, _PROBE)
         change = residual - self.residual((image + column(h, d) * d).clamp(0, 1))  # about h A' d
         length = h * (change.conj() * residual).real.flatten(1).sum(1) / squares(change).clamp(min=tiny)
         ahead = (image + column(share * length, d) * d).clamp(0, 1)
