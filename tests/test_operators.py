@@ -39,7 +39,7 @@ from vml_ldm.operators import (
     motion_kernel,
     squares,
 )
-from vml_ldm.operators.blur import _fast_length
+from vml_ldm.operators.blur import BOUNDARIES, _fast_length
 from vml_ldm.operators.smoothing import roughness_gradient
 
 SIZE = (16, 8)
@@ -825,3 +825,30 @@ def test_smooth_is_the_minimiser_also_far_inside_a_hole(hole, noise):
     matrix = torch.diag(known.flatten()) + (noise / 0.1) ** 2 * rough
     exact = torch.linalg.solve(matrix, (x[:, 0] * known[:, 0]).flatten()).reshape(1, 1, *size)
     assert (found - exact).square().mean().sqrt() < 1e-2 * (exact - 0.5).square().mean().sqrt()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *(GaussianBlur(1.5, boundary) for boundary in BOUNDARIES),
+        *(Blur(motion_kernel(9, seed=1).double(), boundary) for boundary in BOUNDARIES),
+        Blur(kernels(2, 3)),
+    ],
+    ids=lambda operator: f"{type(operator).__name__}-{operator.boundary}",
+)
+def test_smooth_is_the_minimiser_behind_a_blur_and_fourier_takes_fewer_steps_to_it(operator, monkeypatch):
+    size, calls, normal = (64, 49), [], operator.normal
+    monkeypatch.setattr(operator, "normal", lambda image: calls.append(image) or normal(image), raising=False)
+    x = F.interpolate(images(size=(16, 12)), size, mode="bilinear")
+    grey, y = torch.full_like(x, 0.5), operator(x) + 0.01 * images(size=size, seed=1)
+    slope = lambda image: operator.adjoint(y - operator(image)) - 0.2**2 * roughness_gradient(image)  # noqa: E731
+
+    def count_steps():
+        calls.clear()
+        found = Measurement(operator, y, 0.01).smooth(grey, noise=0.01, slope=0.05)
+        assert squares(slope(found)).max() < 1e-5 * squares(slope(grey)).min()
+        return len(calls)
+
+    steps = count_steps()
+    monkeypatch.setattr(operator, "shift_invariant", False)
+    assert steps < 0.7 * count_steps()

@@ -51,10 +51,12 @@ class LinearOperator(Operator):
     Attributes:
         linear: True.
         closed_form: `solve` is exact and costs about as much as the operator; otherwise it is iterative.
+        shift_invariant: but for the image's edges, what it does to a pixel is the same everywhere (a blur).
     """
 
     linear = True
     closed_form = False
+    shift_invariant = False
 
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:

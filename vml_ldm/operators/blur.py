@@ -34,6 +34,8 @@ class Blur(LinearOperator):
         ValueError: a kernel of another shape or with values that are not finite; an unknown boundary.
     """
 
+    shift_invariant = True
+
     def __init__(self, kernel: Tensor, boundary: str = "reflect"):
         if kernel.ndim not in (2, 4) or kernel.numel() == 0:
             raise ValueError(f"kernel has shape {tuple(kernel.shape)}; expected (h, w) or (B, C, h, w), not empty.")
@@ -124,6 +126,8 @@ class GaussianBlur(Separable):
     Raises:
         ValueError: std is not positive and finite; an unknown boundary.
     """
+
+    shift_invariant = True
 
     def __init__(self, std: float, boundary: str = "reflect"):
         super().__init__()

@@ -1,7 +1,9 @@
-"""The smoothest image that agrees with a linear measurement: its normal equations, and a multilevel preconditioner."""
+"""The smoothest image that agrees with a linear measurement: its normal equations, and their preconditioners."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
@@ -13,6 +15,8 @@ from .base import LinearOperator, conjugate_gradients, normal_of
 
 _COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
 _STEPS = 100
+
+Map = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C, H, W), linear
 
 
 def roughness_gradient(image: Tensor) -> Tensor:
@@ -28,29 +32,60 @@ def roughness_gradient(image: Tensor) -> Tensor:
 def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor, tolerance: float) -> Tensor:
     """``(A^T A + weight R)^-1 b``, (B, C, H, W), R as in `roughness_gradient`.
 
-    At most 100 conjugate gradients with the preconditioner of Bramble, Pasciak and Xu (1990) for R and for the row sums
-    of A^T A: how many it takes depends little on the size of what the operator does not see.
+    At most 100 conjugate gradients. Where the operator is `shift_invariant` they are preconditioned in the Fourier
+    domain, as if the image went on at its other side; elsewhere by the preconditioner of Bramble, Pasciak and Xu (1990)
+    for R and for the row sums of A^T A: how many it takes depends little on the size of what the operator does not see.
 
     Args:
         b: (B, C, H, W).
         weight: (B or 1, 1, 1, 1), > 0.
         tolerance: of the energy's root, for what R alone determines.
     """
-    channels = b.shape[1]
-    stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
     normal = normal_of(operator)
-    seen = normal(torch.ones_like(b)).abs()
-    grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
-    from_finest = zip(*(accumulate(axis, torch.matmul) for axis in zip(*grids, strict=True)), strict=True)
-    diagonals = [seen + stiffness]
-    diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
+    prepare = _on_waves if getattr(operator, "shift_invariant", False) else _on_grids
     return conjugate_gradients(
         lambda v: normal(v) + weight * roughness_gradient(v),
         b,
         iterations=_STEPS,
         tolerance=tolerance * weight.flatten().sqrt().clamp(max=1),
-        precondition=partial(_on_all_grids, grids=grids, diagonals=diagonals),
+        precondition=prepare(normal, b, weight),
     )
+
+
+def _on_waves(normal: Map, b: Tensor, weight: Tensor) -> Map:
+    """``(A^T A + weight R)^-1`` of an image without edges, on which both act wave by wave.
+
+    The response of A^T A to one pixel tells how much of each wave it leaves; of R, lightness and colour have a multiple
+    of the Laplacian's each.
+    """
+    height, width = b.shape[2:]
+    pixel = torch.zeros_like(b)
+    pixel[..., height // 2, width // 2] = 1
+    seen = torch.fft.rfft2(normal(pixel)).abs().mean(1, keepdim=True)
+    down, right = (2 - 2 * torch.cos(2 * math.pi * torch.arange(n, device=b.device) / n) for n in (height, width))
+    laplacian = (down[:, None] + right[: width // 2 + 1]).to(b)
+    lightness, colour = (seen + weight * scale * laplacian for scale in (1, 1 + _COLOUR))
+    least = torch.finfo(b.dtype).eps * lightness.amax(dim=(2, 3), keepdim=True)  # an A that loses the mean
+
+    def precondition(r: Tensor) -> Tensor:
+        waves = torch.fft.rfft2(r)
+        grey = waves.mean(1, keepdim=True)
+        waves = grey / lightness.clamp(min=least) + (waves - grey) / colour.clamp(min=least)
+        return torch.fft.irfft2(waves, s=(height, width))
+
+    return precondition
+
+
+def _on_grids(normal: Map, b: Tensor, weight: Tensor) -> Map:
+    """On each of ever coarser grids, r divided by the diagonal of ``A^T A``'s row sums and of ``weight R`` there."""
+    channels = b.shape[1]
+    stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
+    seen = normal(torch.ones_like(b)).abs()
+    grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
+    from_finest = zip(*(accumulate(axis, torch.matmul) for axis in zip(*grids, strict=True)), strict=True)
+    diagonals = [seen + stiffness]
+    diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
+    return partial(_on_all_grids, grids=grids, diagonals=diagonals)
 
 
 def _on_all_grids(r: Tensor, grids: list[tuple[Tensor, Tensor]], diagonals: list[Tensor]) -> Tensor:

@@ -37,6 +37,8 @@ class Guard:
         self.retries = Counter()
         self._upcast: dict[nn.Module, dict[str, torch.dtype]] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
+        self._hooked: dict[nn.Module, bool] = {}  # and the next: known of frozen networks, long to find out
+        self._dtypes: dict[nn.Module, torch.dtype] = {}
         self._checkpointed = 0
         self._checkpointing: list[tuple[nn.Module, tuple[str, ...], dict]] = []
         self._scalings: list[tuple[dict, dict]] = []
@@ -47,10 +49,13 @@ class Guard:
         Not under gradient checkpointing where hooks move or cast the weights: what it runs again keeps the values of
         those weights alone that require a gradient.
         """
-        kept = [n for n in networks if not (_is_hooked(n) and is_checkpointed(n))]
-        thawed = [(n, name) for n in kept for name, p in n.named_parameters() if p.requires_grad]
-        for network, name in thawed:
-            network.get_parameter(name).requires_grad_(False)
+        self._hooked |= {n: _is_hooked(n) for n in networks}
+        self._dtypes |= {n: n.dtype for n in networks if not self._hooked[n]}
+        kept = [n for n in networks if not (self._hooked[n] and is_checkpointed(n))]
+        owners = {module for network in kept for module in network.modules()}
+        thawed = [(m, name) for m in owners for name, p in m.named_parameters(recurse=False) if p.requires_grad]
+        for module, name in thawed:
+            module.get_parameter(name).requires_grad_(False)
         self._thawed += thawed
 
     def checkpoint(self, times: int, *networks: nn.Module) -> None:
@@ -106,9 +111,11 @@ class Guard:
             scaling.update(before)
         self._scalings.clear()
         self._leave_checkpointing()
-        for network, name in self._thawed:  # by name: offloading may have put other parameters there
-            network.get_parameter(name).requires_grad_(True)
+        for module, name in self._thawed:  # by name: offloading may have put other parameters there
+            module.get_parameter(name).requires_grad_(True)
         self._thawed.clear()
+        self._hooked.clear()
+        self._dtypes.clear()
         for network, dtypes in self._upcast.items():
             for name, tensor in _floats(network) if not _is_recast(network) else ():
                 tensor.data = tensor.data.to(dtypes[name])
@@ -126,7 +133,7 @@ class Guard:
 
     def dtype(self, network: nn.Module) -> torch.dtype:
         """The precision to hand the network its inputs in."""
-        return torch.float32 if network in self._upcast else network.dtype
+        return torch.float32 if network in self._upcast else self._dtypes.get(network) or network.dtype
 
     def place(self, network: nn.Module, x: Tensor) -> Tensor:
         """x as the network takes it: in its precision and on its device."""
@@ -168,21 +175,24 @@ class Guard:
         def checked(cotangent: Tensor) -> Tensor:
             first = lambda: (at_unit_size(pull)(cotangent),)  # noqa: E731
             again = lambda: (at_unit_size(run()[1])(cotangent),)  # noqa: E731
-            in_parts = rerun == "parts" or is_checkpointed(network)
+            in_parts = self._has_hooks(network) and (rerun == "parts" or is_checkpointed(network))
             with _fetched(network, cotangent.device) if in_parts else nullcontext():
                 return self._finite(f"the backward pass of {name}", network, first, again)[0]
 
         return value, checked
 
-    @staticmethod
-    def weights_kept(network: nn.Module) -> AbstractContextManager:
+    def weights_kept(self, network: nn.Module) -> AbstractContextManager:
         """Graphs made inside keep the weights as they are, for networks whose hooks move or cast them after each pass.
 
         Offloading and layerwise casting exchange a parameter's data in place, so that a backward pass would find them
         on another device, in another precision or, offloaded to a disk, overwritten. Kept weights stay where the pass
         had them until its graph is gone.
         """
-        return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if _is_hooked(network) else nullcontext()
+        return saved_tensors_hooks(Tensor.detach, lambda kept: kept) if self._has_hooks(network) else nullcontext()
+
+    def _has_hooks(self, network: nn.Module) -> bool:
+        """As `_is_hooked`, of a frozen network as it was then."""
+        return self._hooked[network] if network in self._hooked else _is_hooked(network)
 
     def _finite(self, name: str, network: nn.Module, run: Callable[[], tuple], again: Callable | None = None) -> tuple:
         """run(), a tuple whose first item must be finite; otherwise `again` (the same, if None) in float32."""
