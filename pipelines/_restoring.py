@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
-from vml_ldm.measuring import NEAR, Measured, check_std, measure, pick_start, settle, tell
+from vml_ldm.measuring import NEAR, Measured, check_std, measure, pick_start, settle, settling, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
@@ -54,7 +54,7 @@ class RestoringMixin:
             if callable(a.solver):
                 solution = _run(a, self._start(a, levels, measured.latent), prior, measured.measurement, levels)
             else:
-                solving = self._begin(a, measured, levels, chosen, metered)
+                solving = self._begin(a, measured, noise_std, levels, chosen, metered)
                 latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
                 solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
@@ -102,12 +102,19 @@ class RestoringMixin:
         return levels, replace(chosen, inner_steps=inner_steps)
 
     def _begin(
-        self, a: SimpleNamespace, measured: Measured, levels: Levels, chosen: Settings, prior: Metered
+        self,
+        a: SimpleNamespace,
+        measured: Measured,
+        noise_std: Tensor,
+        levels: Levels,
+        chosen: Settings,
+        prior: Metered,
     ) -> Iterator[Level]:
         """The solver, about to start."""
         if a.solver == "vml":
             x_T = self._start(a, levels, measured.latent)
-            return self._vml(a, x_T, prior, measured.measurement, levels, chosen)
+            step_in_pixels = settling(measured.measurement, noise_std)
+            return self._vml(a, x_T, prior, measured.measurement, levels, chosen, settle=step_in_pixels)
         mu = measured.latent if a.start == "measurement" else start_noise(a, measured.latent)
         shared = {"prior": prior, "measurement": measured.measurement, "schedule": levels, "generator": a.generator}
         return red_diff_levels(mu, **shared, **vars(a.red))

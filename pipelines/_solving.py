@@ -56,6 +56,7 @@ from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
+from vml_ldm.optimize import Settle
 from vml_ldm.presets import THROUGHOUT, Settings
 from vml_ldm.report import Report, memory_text
 from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
@@ -332,6 +333,7 @@ class SolvingMixin:
         levels: Levels,
         chosen: Settings,
         view: Callable[[Prior], Prior] = whole,
+        settle: Settle | None = None,
     ) -> Iterator[Level]:
         """VML-MAP, level by level, with what `view` makes of the prior and of its draft."""
         return vml_levels(
@@ -347,6 +349,7 @@ class SolvingMixin:
             draft=view(prior.drafting(self._draft(prior.prior))) if self._is_drafting(a, chosen) else None,
             draft_last=chosen.use_gradient_vae == THROUGHOUT,
             correct_steps=chosen.corrections(a.num_inference_steps),
+            settle=settle,
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:

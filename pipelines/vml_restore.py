@@ -101,7 +101,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 `Measurement.unseen`.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
-            correct_steps: of VML, steps that bring the last estimate nearer to y by the decoder alone
+            correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
                 (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
                 for a start from noise.
             memory: as for `VMLInpaintPipeline`.

@@ -371,6 +371,21 @@ def test_a_correction_leaves_an_image_of_which_the_operator_sees_nothing():
     assert torch.equal(found.z0_hat[0], z[0]) and torch.allclose(found.z0_hat[1], torch.tensor(0.5), atol=0.01)
 
 
+def test_a_correction_begins_half_way_to_the_latent_of_the_image_after_its_step_in_pixels():
+    at, x_t = problem(3)
+    prior = at["prior"]
+    prior.decode = lambda z: (z + 0.5) / 2
+    prior.encode = lambda image: 2 * image.round(decimals=2) - 0.5  # to a coarser set, as of a VAE
+    brighter = lambda image: image + 0.1  # noqa: E731
+    inner, none = corrected(at, x_t, steps=0, settle=brighter)
+    _, once = corrected(at, x_t, steps=1, settle=brighter)
+    expected = (inner.z0_hat + prior.encode(prior.decode(inner.z0_hat).clamp(0, 1) + 0.1)) / 2
+    assert torch.equal(none.z0_hat, inner.z0_hat) and torch.equal(once.z0_hat, expected)
+    _, more = corrected(at, x_t, steps=5, settle=brighter, stop_at=0)
+    from_there = correct(once, prior=prior, measurement=at["measurement"], noise=0.75, steps=4, stop_at=0)
+    assert torch.equal(more.z0_hat, from_there.z0_hat) and not torch.equal(more.z0_hat, once.z0_hat)
+
+
 def test_a_corrected_batch_is_what_its_images_are_alone():
     """Also where one is at the noise before the others: it rests."""
     at, x_t = problem(3)

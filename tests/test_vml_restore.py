@@ -13,7 +13,7 @@ from vml_ldm import RedDiff, VMLRestorePipeline, red_diff, vml_map
 from vml_ldm.adapters.diffusers import StableDiffusionPrior, scheduler_levels
 from vml_ldm.evaluation.peers import PEERS, Peer
 from vml_ldm.images import from_pil, to_pil
-from vml_ldm.measuring import NEAR
+from vml_ldm.measuring import NEAR, settling
 from vml_ldm.operators import (
     HDR,
     JPEG,
@@ -129,7 +129,8 @@ def test_the_pipeline_is_the_core_solver_on_its_parts(pipe, solver):
                 levels.scales(0),
                 torch.cat([torch.randn(1, *z.shape[1:], generator=g) for g in generator]),
             )
-            solution = vml_map(alpha * z + sigma * noise, **common, inner_steps=1, correct_steps=2)
+            step = settling(measurement, torch.tensor([0.0, 0.1]))
+            solution = vml_map(alpha * z + sigma * noise, **common, inner_steps=1, correct_steps=2, settle=step)
     torch.testing.assert_close(out.images, solution.latent)
     assert out.report.residual == pytest.approx(solution.residual.tolist(), rel=1e-4)
 

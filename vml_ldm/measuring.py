@@ -13,6 +13,7 @@ from .closeup import CloseUp, Part, drawn_shares, near, whole
 from .images import fill_holes
 from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
+from .optimize import Settle
 from .report import Report
 from .solve import Metered, Solution
 
@@ -128,6 +129,13 @@ def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor
         return image
     noise = noise_std.clamp(min=_LEAST_NOISE)
     return measurement.smooth(image, noise=noise, slope=_MISSING_SLOPE, of=image, tolerance=NEAR).clamp(0, 1)
+
+
+def settling(measurement: Measurement, noise_std: Tensor) -> Settle | None:
+    """`settle` for a measurement, or None where it changes nothing."""
+    if not is_linear(measurement.operator):
+        return None
+    return partial(settle, measurement=measurement, noise_std=noise_std)
 
 
 def check_std(sigma_y, batch: int, device) -> Tensor:

@@ -42,6 +42,7 @@ JACOBIANS = ("exact", "free")
 RULES = ("analytic", "secant")
 PRECONDITIONERS = ("none", "gauss-newton")
 Length = Callable[[Tensor, Tensor], Tensor]  # (d, v) -> eta (B,)
+Settle = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] -> images nearer to y
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
@@ -173,10 +174,19 @@ def descend(
 
 
 def correct(
-    inner: Descent, *, prior: Prior, measurement: Measurement, noise: float, steps: int, stop_at: float = 1.0
+    inner: Descent,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    noise: float,
+    steps: int,
+    stop_at: float = 1.0,
+    settle: Settle | None = None,
 ) -> Descent:
-    """The clean estimate of a level's end, brought nearer to y by the decoder alone: no call of the denoiser.
+    """The clean estimate of a level's end, brought nearer to y by the autoencoder alone: no call of the denoiser.
 
+    First, where there is a step in pixels, z0_hat goes half of the way to ``Enc(settle(Dec(z0_hat)))``: a latent that
+    came to agree with y by gradients is one that no image has, and a picture's own decodes more like a picture. Then
     ``p(z0 | x_t)``, whose covariance is ``sigma^2 J / alpha``, is taken as N(z0_hat, s^2 I) with s half of the level's
     noise, and z0 moves from z0_hat down
 
@@ -189,12 +199,17 @@ def correct(
     Args:
         inner: as the level's inner steps ended.
         noise: ``sigma / alpha``, the level's noise in VE units.
-        steps: how many at the most, >= 0.
+        steps: how many at the most, >= 0; the way through the encoder counts as one.
         stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``.
+        settle: a step in pixels, such as `vml_ldm.measuring.settle`; None: not taken.
 
     Returns:
         `inner` with z0 in place of z0_hat, and with the residual, nll and image of the last evaluation.
     """
+    if steps and settle is not None:
+        encoded = prior.encode(settle(prior.decode(inner.z0_hat).clamp(0, 1)))
+        inner = inner._replace(z0_hat=(inner.z0_hat + encoded) / 2)
+        steps -= 1
     z, s, rule = inner.z0_hat, _ERROR * noise, _Secant(noise)
     for _ in range(steps):
         data = data_term(z, prior=prior, measurement=measurement)

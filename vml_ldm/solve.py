@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
 from .operators import Measurement
-from .optimize import JACOBIANS, InnerStep, correct, descend
+from .optimize import JACOBIANS, InnerStep, Settle, correct, descend
 from .report import Report
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -183,6 +183,7 @@ def vml_map(
     draft: Prior | None = None,
     draft_last: bool = False,
     correct_steps: int = 0,
+    settle: Settle | None = None,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -204,6 +205,7 @@ def vml_map(
         draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
         correct_steps: after the last level, steps that bring its estimate nearer to y by the decoder alone, see
             `vml_ldm.optimize.correct`. 0 is the plain algorithm.
+        settle: a step in pixels that they begin with, images (B, 3, H, W) in [0, 1] -> images nearer to y.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -226,6 +228,7 @@ def vml_map(
         draft=None if draft is None else prior.drafting(draft),
         draft_last=draft_last,
         correct_steps=correct_steps,
+        settle=settle,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -259,6 +262,7 @@ def vml_levels(
     draft: Prior | None = None,
     draft_last: bool = False,
     correct_steps: int = 0,
+    settle: Settle | None = None,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
@@ -268,10 +272,10 @@ def vml_levels(
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
-    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps)
+    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle)
 
 
-def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps):
+def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle):
     count = len(levels)
     for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
@@ -284,7 +288,7 @@ def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, st
             if i + 1 == count and correct_steps and alpha > 0:
                 inner = correct(
                     inner, prior=prior, measurement=measurement, noise=sigma / alpha,
-                    steps=correct_steps, stop_at=stop_at,
+                    steps=correct_steps, stop_at=stop_at, settle=settle,
                 )  # fmt: skip
             z0 = inner.z0_hat  # D(x_t)
             if guide is not None and i + 1 < count:  # the last estimate is the answer: no guidance there

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.comfyui import Sampling, levels_of, run, sigmas_of
-from ..measuring import Measured, check_std, measure, settle, tell
+from ..measuring import Measured, check_std, measure, settle, settling, tell
 from ..presets import Settings, count_sampled, pick_levels
 from ..report import Report
 from ..solve import Metered, Solution, conclude, noise_like, record, vml_levels
@@ -62,6 +62,7 @@ class Task:
             generator=generator,
             draft=None if sampling.draft is None else measured.view(metered.drafting(sampling.draft)),
             correct_steps=self.correct_steps,
+            settle=settling(measured.measurement, noise_std),
         ):
             trace.append(record(level))
             sampling.tell(level)
