@@ -33,7 +33,10 @@ def test_it_finds_what_y_tells(problem, name):  # noqa: F811
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_runs_in_the_pipeline_and_its_seed_is_the_generator_s(tmp_path, name):
+    """Also on networks whose layout is channels-last, as the command line has it."""
     pipe = VMLRestorePipeline(**tiny.components(), requires_safety_checker=False)
+    for network in (pipe.unet, pipe.vae):
+        network.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     operator = Downsample(4)
     y = operator(torch.full((1, 3, 64, 64), 0.4))

@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from azula.denoise import Denoiser, DiracPosterior
 from azula.guidance import DiffPIRDenoiser, DPSSampler, MMPSDenoiser, PGDMSampler, TMPDenoiser
 from azula.linalg.covariance import IsotropicCovariance
 from azula.sample import DDIMSampler, Sampler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, is_linear
@@ -73,7 +75,7 @@ class AzulaPeer:
         problem = _Problem(prior, measurement, schedule, x_T.shape)
         source = generator[0] if isinstance(generator, Sequence) else generator
         seed = torch.randint(2**62, (), generator=source).item()
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # forward mode, of mmps, lacks fused attention
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), _InRows():  # forward mode lacks fused attention
             torch.manual_seed(seed)
             latent = _sampler(self.name, problem, dict(self.settings))(x_T.flatten(1)).reshape(x_T.shape)
         return conclude(latent, [], prior, measurement, started)
@@ -135,6 +137,15 @@ def _sampler(name: str, problem: _Problem, settings: dict) -> Sampler:
     linear = lambda z: problem.seen(z) - grey  # noqa: E731
     kind = {"tmpd": TMPDenoiser, "diffpir": DiffPIRDenoiser}[name]
     return DDIMSampler(kind(denoiser, y - grey, linear, problem.var_y, **settings), **walk)
+
+
+class _InRows(TorchFunctionMode):
+    """Group norms take contiguous data: in forward mode, which mmps uses, they refuse channels-last networks'."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **kwargs or {})
 
 
 def _row(y: Tensor) -> Tensor:
