@@ -193,7 +193,7 @@ class Benchmark(comparison.Comparison):
     def warm_up(self) -> None:
         for method in self.plan.methods:
             if isinstance(method, Solver):
-                self._spend(method, method.tasks[0], WARM_UP_STEPS)
+                self._spend(method, next(t for t in self.plan.tasks if t in method.tasks), WARM_UP_STEPS)
 
     def equalise(self) -> None:
         """Give every solver the steps that `Plan.equal` asks for; parts take those that the folder has.
