@@ -191,9 +191,11 @@ class Benchmark(comparison.Comparison):
         return case.name, *place, method.name, case.seed, self.fingerprint(method, place)
 
     def warm_up(self) -> None:
+        """A short solve by each solver."""
         for method in self.plan.methods:
-            if isinstance(method, Solver):
-                self._spend(method, next(t for t in self.plan.tasks if t in method.tasks), WARM_UP_STEPS)
+            asked = [task for task in self.plan.tasks if task in method.tasks]
+            if isinstance(method, Solver) and asked:
+                self._spend(method, asked[0], WARM_UP_STEPS)
 
     def equalise(self) -> None:
         """Give every solver the steps that `Plan.equal` asks for; parts take those that the folder has.
