@@ -39,3 +39,5 @@ def test_every_level_and_step_is_paid_for(tmp_path, monkeypatch):
     assert found["side", 64**2] == found["side", 128**2] == found["batch", 1] == found["batch", 2]
     assert found["inner_steps", 2] > found["inner_steps", 1]
     assert "pixels" in table(points("side"))
+    report = scaling._solve(pipe, levels=3, inner_steps=2, side=1, batch=1)
+    assert (report.levels, report.inner_steps, report.correct_steps) == (3, 2, 0)

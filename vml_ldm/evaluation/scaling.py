@@ -90,6 +90,7 @@ def _solve(pipe: VMLRestorePipeline, *, levels: int, inner_steps: int, side: flo
         width=pixels,
         num_inference_steps=levels * (inner_steps + 1),
         inner_steps=inner_steps,
+        correct_steps=0,  # they would take levels' part of the budget
         generator=Generator().manual_seed(0),
         output_type="pt",
         return_report=True,
