@@ -203,7 +203,7 @@ def vml_map(
         draft: the same prior with a cheaper decoder of the same latents; it takes the prior's place at all levels but
             the last, whose answer stands. What those levels report of the residual is then the draft's.
         draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
-        correct_steps: after the last level, steps that bring its estimate nearer to y by the decoder alone, see
+        correct_steps: after the last level, steps that bring its estimate nearer to y without the denoiser, see
             `vml_ldm.optimize.correct`. 0 is the plain algorithm.
         settle: a step in pixels that they begin with, images (B, 3, H, W) in [0, 1] -> images nearer to y.
 
