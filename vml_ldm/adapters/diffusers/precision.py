@@ -37,7 +37,8 @@ class Guard:
         self.retries = Counter()
         self._upcast: dict[nn.Module, dict[str, torch.dtype]] = {}
         self._thawed: list[tuple[nn.Module, str]] = []
-        self._hooked: dict[nn.Module, bool] = {}  # and the next: known of frozen networks, long to find out
+        # of frozen networks, what would take a walk through all of their modules at every pass
+        self._hooked: dict[nn.Module, bool] = {}
         self._dtypes: dict[nn.Module, torch.dtype] = {}
         self._checkpointed = 0
         self._checkpointing: list[tuple[nn.Module, tuple[str, ...], dict]] = []
