@@ -26,6 +26,7 @@ from vml_ldm.evaluation.methods import (
     METHODS,
     RED,
     RED_TUNED,
+    SMOOTH,
     START,
     TELEA,
     Solver,
@@ -285,6 +286,16 @@ def test_a_table_is_made_of_rows_that_another_version_recorded(finished, pipe, p
     assert not any(Benchmark(plan, pipe, rows_in(tmp_path)).groups())
     table = run(plan, pipe, rows_in(tmp_path), solve=False)
     assert table.splitlines()[1:] == finished[1].splitlines()[1:] and "as they were recorded" in table.splitlines()[0]
+
+
+def test_a_table_of_recorded_rows_has_at_each_task_who_answered_it(pipe, plan: Plan, tmp_path: Path) -> None:
+    both = dataclasses.replace(plan, images=1, methods=(START, SMOOTH), tasks=("sr4", "box"))
+    run(dataclasses.replace(both, methods=(START,)), pipe, rows_in(tmp_path))
+    run(dataclasses.replace(both, tasks=("box",)), pipe, rows_in(tmp_path))
+    table = run(both, pipe, rows_in(tmp_path), solve=False)
+    lines = [line.split("|") for line in table.splitlines() if line.startswith("| sr4") or line.startswith("| box")]
+    found = [(task.strip(), method.strip()) for _, task, _, _, method, *rest in lines if rest[3:]]
+    assert found == [("sr4", "start"), ("box", "start"), ("box", "smooth")]
 
 
 def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Plan, tmp_path, monkeypatch) -> None:

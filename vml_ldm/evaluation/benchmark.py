@@ -182,7 +182,9 @@ class Benchmark(comparison.Comparison):
         return [Place(task, sigma_y) for task in self.plan.tasks for sigma_y in self.plan.noises]
 
     def methods_at(self, place: Place) -> list[Solver | Naive]:
-        return [method for method in self.plan.methods if place.task in method.tasks]
+        """Who answers a place; of a table that is made anew, who has."""
+        able = [method for method in self.plan.methods if place.task in method.tasks]
+        return [m for m in able if (*place, m.name) in self._recorded] if self._recorded else able
 
     def fingerprint(self, method: Solver | Naive, place: Place) -> str:
         return self._recorded.get((*place, method.name)) or super().fingerprint(method, place)

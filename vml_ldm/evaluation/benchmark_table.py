@@ -39,9 +39,8 @@ _COLUMNS = (
     Column("percent_outside", "outside the networks (%)", 1, paired=False),
 )
 _NOTES = (
-    "Means over the images; whole images count. Seconds are for one image. For linear operators vml, vml-free and "
-    "red-diff-tuned end with one step in pixels (`vml_ldm.measuring.settle`); red-diff has its authors' settings and "
-    "does not.",
+    "Means over the images; whole images count. Seconds are for one image. For linear operators every "
+    "solver but red-diff, which is as its authors have it, ends with one step in pixels (`vml_ldm.measuring.settle`).",
     "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
     "held before it. Outside the networks: what is neither theirs nor the encoder's of a call's time. These only where "
     "every row has them.",
