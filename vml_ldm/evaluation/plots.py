@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-import torch
-
-from vml_ldm.evaluation.metrics import mean_and_interval
-from vml_ldm.evaluation.table import Group, has_field, mean
+from vml_ldm.evaluation.table import Group, difference, has_field, mean
 
 _COLUMNS = 4
 _COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
@@ -17,7 +14,8 @@ _COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
 def draw_quality(groups: Sequence[Group], cost: str):
     """PSNR against a field of the rows, a panel for each task, of its largest noise: a matplotlib `Figure`.
 
-    Bars are 95 % intervals of the mean over the images. Methods that cost nothing are lines across the panel.
+    Bars are 95 % intervals of the mean paired difference to the first method, whose PSNR is a grey line: a bar that
+    crosses it is level. Without eight images there are none. Methods that cost nothing are lines across the panel.
 
     Args:
         groups: labels (task, sigma_y, number of images), in the table's order.
@@ -42,15 +40,19 @@ def draw_quality(groups: Sequence[Group], cost: str):
 
 
 def _draw_panel(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
+    first = next(iter(group.rows))
+    panel.axhline(mean(group.rows[first], "psnr"), color="0.8", zorder=0)
     for method, rows in group.rows.items():
-        spent, psnr = mean(rows, cost), mean_and_interval(torch.tensor([row.psnr for row in rows]))
+        spent, psnr = mean(rows, cost), mean(rows, "psnr")
         if spent < 0.1:  # no network has run
-            panel.axhline(psnr.mean, color=colors[method], linestyle=":", label=method)
+            panel.axhline(psnr, color=colors[method], linestyle=":", label=method)
         else:
-            bar = [[psnr.mean - psnr.low], [psnr.high - psnr.mean]]
-            panel.errorbar(spent, psnr.mean, bar, color=colors[method], marker="o", capsize=2, label=method)
+            apart = None if method == first else difference(rows, group.rows[first], "psnr")
+            bar = apart and [[apart.mean - apart.low], [apart.high - apart.mean]]
+            panel.errorbar(spent, psnr, bar, color=colors[method], marker="o", capsize=2, label=method)
     task, sigma_y, _ = group.labels
-    panel.set(title=f"{task}, sigma_y = {sigma_y}", xlabel=_COSTS[cost], ylabel="PSNR (dB)", xlim=(0, None))
+    panel.set(title=f"{task}, sigma_y = {sigma_y}", xlabel=_COSTS[cost], ylabel="PSNR (dB)")
+    panel.set_xlim(0, 1.08 * panel.dataLim.x1)
 
 
 def draw_all(groups: Sequence[Group]) -> dict[str, object]:
