@@ -52,7 +52,7 @@ def _draw_panel(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
             panel.errorbar(spent, psnr, bar, color=colors[method], marker="o", capsize=2, label=method)
     task, sigma_y, _ = group.labels
     panel.set(title=f"{task}, sigma_y = {sigma_y}", xlabel=_COSTS[cost], ylabel="PSNR (dB)")
-    panel.set_xlim(0, 1.08 * panel.dataLim.x1)
+    panel.set_xlim(0, 1.08 * max(mean(rows, cost) for rows in group.rows.values()) or 1)
 
 
 def draw_all(groups: Sequence[Group]) -> dict[str, object]:
