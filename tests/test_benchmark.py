@@ -293,7 +293,7 @@ def test_a_table_of_recorded_rows_has_at_each_task_who_answered_it(pipe, plan: P
     run(dataclasses.replace(both, methods=(START,)), pipe, rows_in(tmp_path))
     run(dataclasses.replace(both, tasks=("box",)), pipe, rows_in(tmp_path))
     table = run(both, pipe, rows_in(tmp_path), solve=False)
-    lines = [line.split("|") for line in table.splitlines() if line.startswith("| sr4") or line.startswith("| box")]
+    lines = [line.split("|") for line in table.splitlines() if line.startswith(("| sr4", "| box"))]
     found = [(task.strip(), method.strip()) for _, task, _, _, method, *rest in lines if rest[3:]]
     assert found == [("sr4", "start"), ("box", "start"), ("box", "smooth")]
 
