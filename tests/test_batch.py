@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,11 +252,17 @@ def test_killed_at_random_moments_and_started_again(folder, out, model, tmp_path
 
 
 def finished(out: Path) -> dict[str, dict]:
-    """What manifest and journals in a folder hold, as a run would find it, without changing anything."""
-    entries = manifest.read(out) if out.is_dir() else []
+    """What manifest and journals in a folder hold, as a run would find it, without changing anything.
+
+    Also while a run goes on: the journals are read first, for what is merged meanwhile is in the manifest read after.
+    """
+    lines = []
     for journal in out.glob("manifest-part-*.jsonl"):
-        for line in journal.read_bytes().splitlines(keepends=True):
-            entries += json.loads(line).get("images", []) if line.endswith(b"\n") else []
+        with suppress(FileNotFoundError):  # merged since it was listed
+            lines += journal.read_bytes().splitlines(keepends=True)
+    entries = manifest.read(out) if out.is_dir() else []
+    for line in lines:
+        entries += json.loads(line).get("images", []) if line.endswith(b"\n") else []
     return {record["file"]: record for record in entries}
 
 
