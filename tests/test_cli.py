@@ -386,6 +386,21 @@ def test_half_precision_is_that_of_the_networks(model, monkeypatch) -> None:
     assert {network.dtype for network in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_half_precision_that_a_processor_lacks_is_told(model, capsys, monkeypatch, able) -> None:
+    monkeypatch.setattr(files, "calculates_in", lambda dtype: able)
+    files.load(model, "VMLRestorePipeline", "cpu")
+    assert capsys.readouterr().err == ""
+    files.load(model, "VMLRestorePipeline", "cpu", "bfloat16")
+    assert ("cannot calculate in bfloat16" in capsys.readouterr().err) is not able
+
+
+def test_whether_a_processor_has_it_is_asked_of_torch(monkeypatch) -> None:
+    assert {files.calculates_in(dtype) for dtype in ("float16", "bfloat16")} <= {True, False}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert files.calculates_in("float16")  # not known: nothing is said
+
+
 def test_a_kernel_from_a_file_is_brought_to_sum_one(photo, model, tmp_path) -> None:
     kernel, out = tmp_path / "kernel.png", tmp_path / "out.png"
     Image.new("L", (3, 1), 77).save(kernel)

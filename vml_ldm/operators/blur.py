@@ -53,8 +53,8 @@ class Blur(LinearOperator):
         """(B, C, H, W) -> (B, C, H, W)."""
         self._check(image, "image")
         seen = image
-        for axis, index, weight in self._surroundings(image):
-            seen = seen.index_select(axis, index) * weight
+        for axis, sides in self._surroundings():
+            seen = _extend(seen, axis, *sides, self.boundary)
         top, left = self._before
         spread = self._filter(seen, lambda spectrum: spectrum)
         return spread[..., top : top + image.shape[2], left : left + image.shape[3]]
@@ -64,9 +64,8 @@ class Blur(LinearOperator):
         self._check(y, "y")
         (top, left), (below, right) = self._before, self._after
         spread = self._filter(F.pad(y, (left, right, top, below)), torch.conj)
-        for axis, index, weight in self._surroundings(y):
-            inside = torch.zeros_like(spread.narrow(axis, 0, y.shape[axis]))
-            spread = inside.index_add(axis, index, spread * weight)
+        for axis, sides in self._surroundings():
+            spread = _fold(spread, axis, *sides, self.boundary)
         return spread
 
     def solve(self, b: Tensor, rho: float | Tensor) -> Tensor:
@@ -82,13 +81,10 @@ class Blur(LinearOperator):
         wanted = ("B" if kernels == 1 else kernels, "C" if channels == 1 else channels, "H", "W")
         expect(x, name, wanted, f"The kernel has shape {tuple(self.kernel.shape)}.")
 
-    def _surroundings(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each axis, which pixels of x make up its extension by what the blur can see, and their weights."""
-        if self.closed_form:
-            return
-        for axis, before, after in zip((2, 3), self._before, self._after, strict=True):
-            index, weight = _extend(x.shape[axis], before, after, self.boundary)
-            yield axis, index.to(x.device), weight.to(x).reshape(-1, *[1] * (3 - axis))
+    def _surroundings(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """The axes on which the blur sees something outside the image, and how many pixels before and after it."""
+        if not self.closed_form:
+            yield from zip((2, 3), zip(self._before, self._after, strict=True), strict=True)
 
     def _filter(self, x: Tensor, response: Callable[[Tensor], Tensor]) -> Tensor:
         """x with its half spectrum multiplied by a response to the kernel's.
@@ -148,7 +144,7 @@ class GaussianBlur(Separable):
     def _matrix(self, n: int) -> Tensor:
         radius = math.ceil(4 * self.std)
         kernel = torch.softmax(-0.5 * (torch.arange(-radius, radius + 1).double() / self.std).square(), 0)
-        index, weight = _extend(n, radius, radius, self.boundary)
+        index, weight = _places(n, radius, radius, self.boundary)
         seen, shares = (values.unfold(0, 2 * radius + 1, 1) for values in (index, weight))
         return torch.zeros(n, n, dtype=torch.float64).scatter_add(1, seen, kernel * shares)
 
@@ -256,7 +252,33 @@ def _rest(n: int) -> int:
     return n
 
 
-def _extend(n: int, before: int, after: int, boundary: str) -> tuple[Tensor, Tensor]:
+def _extend(x: Tensor, axis: int, before: int, after: int, boundary: str) -> Tensor:
+    """x with so many more pixels on both sides of an axis, 2 or 3."""
+    n = x.shape[axis]
+    if boundary == "zero":
+        return F.pad(x, (0, 0) * (3 - axis) + (before, after))
+    if boundary == "reflect" and max(before, after) < n:  # slices, for an index takes ten times as long
+        left, right = x.narrow(axis, 1, before), x.narrow(axis, n - 1 - after, after)
+        return torch.cat([left.flip(axis), x, right.flip(axis)], axis)
+    return x.index_select(axis, _places(n, before, after, boundary)[0].to(x.device))
+
+
+def _fold(x: Tensor, axis: int, before: int, after: int, boundary: str) -> Tensor:
+    """The adjoint of `_extend`: the pixels outside are added to those that they came from."""
+    n = x.shape[axis] - before - after
+    inside = x.narrow(axis, before, n)
+    if boundary == "zero":
+        return inside
+    if boundary == "reflect" and max(before, after) < n:
+        left, right = x.narrow(axis, 0, before), x.narrow(axis, before + n, after)
+        folded = inside.clone()
+        folded.narrow(axis, 1, before).add_(left.flip(axis))
+        folded.narrow(axis, n - 1 - after, after).add_(right.flip(axis))
+        return folded
+    return torch.zeros_like(inside).index_add(axis, _places(n, before, after, boundary)[0].to(x.device), x)
+
+
+def _places(n: int, before: int, after: int, boundary: str) -> tuple[Tensor, Tensor]:
     """Where an axis of n pixels, extended on both sides, takes its values, and their weights: (index, weight)."""
     place = torch.arange(-before, n + after)
     weight = torch.ones(len(place), dtype=torch.float64)
