@@ -42,18 +42,19 @@ class PhaseRetrieval(Operator):
 
         ``x <- x + beta [P((1 + 1/beta) M x - x / beta) - M x]``, beta = 0.9: M gives x's spectrum the magnitudes y, P
         keeps values in [0, 1] and the padding at zero. The last tenth of the steps are ``x <- P M x``. The image may
-        come out turned by 180 degrees; the other channels begin with the first one's result, to be turned alike.
+        come out turned by 180 degrees; the other channels begin with the first one's result, to be turned alike, and
+        take a third of its steps (as many leave no less of y, but follow its noise: 1.6 dB on 16 validation images).
 
         Args:
             y: (B, C, H', W').
-            steps: iterations, of two Fourier transforms each.
+            steps: iterations of the first channel, of two Fourier transforms each.
             seed: of the pixels it begins with.
         """
         expect(y, "y", ("B", "C", "H'", "W'"), "Pass what this operator returned.")
         size = [math.floor(n / self.oversample + 1e-9) for n in y.shape[2:]]
         noise = torch.rand(size, generator=torch.Generator().manual_seed(seed)).to(y)
         first = _find_phase(noise.expand(len(y), 1, -1, -1), y[:, :1], steps)
-        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], steps)
+        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], math.ceil(steps / 3))
         return torch.cat([first, others], 1)
 
 
@@ -174,16 +175,22 @@ def _hadamard(n: int) -> Tensor:
 
 
 def _find_phase(image: Tensor, y: Tensor, steps: int) -> Tensor:
-    """The hybrid input-output iteration of `PhaseRetrieval.start` from an image."""
+    """The hybrid input-output iteration of `PhaseRetrieval.start` from an image.
+
+    x is real: frequencies k and -k have one phase between them, and the mean of their magnitudes counts.
+    """
     height, width = image.shape[2:]
-    padding = (0, y.shape[3] - width, 0, y.shape[2] - height)
-    frame, x = F.pad(y.new_ones(height, width), padding), F.pad(image, padding)
+    x = F.pad(image, (0, y.shape[3] - width, 0, y.shape[2] - height))
+    magnitude = ((y + y.flip(2, 3).roll((1, 1), (2, 3))) / 2)[..., : y.shape[3] // 2 + 1]
     for step in range(steps):
-        spectrum = torch.fft.fft2(x, norm="ortho")
-        agreeing = torch.fft.ifft2(y * torch.sgn(spectrum), norm="ortho").real
+        phase = torch.sgn(torch.fft.rfft2(x, norm="ortho"))
+        agreeing = torch.fft.irfft2(magnitude * phase, s=y.shape[2:], norm="ortho")
+        inside = agreeing[..., :height, :width]
         if step < 0.9 * steps:
-            reflected = (1 + 1 / _BETA) * agreeing - x / _BETA
-            x = x + _BETA * (reflected.clamp(0, 1) * frame - agreeing)
+            reflected = (1 + 1 / _BETA) * inside - x[..., :height, :width] / _BETA
+            x = x - _BETA * agreeing
+            x[..., :height, :width] += _BETA * reflected.clamp(0, 1)
         else:
-            x = agreeing.clamp(0, 1) * frame
+            x = torch.zeros_like(x)
+            x[..., :height, :width] = inside.clamp(0, 1)
     return x[..., :height, :width].clamp(0, 1)
