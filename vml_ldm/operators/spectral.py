@@ -43,8 +43,8 @@ class PhaseRetrieval(Operator):
         ``x <- x + beta [P((1 + 1/beta) M x - x / beta) - M x]``, beta = 0.9: M gives x's spectrum the magnitudes y, P
         keeps values in [0, 1] and the padding at zero. The last tenth of the steps are ``x <- P M x``. The image may
         come out turned by 180 degrees; the other channels begin with the first one's result, to be turned alike, and
-        take a third of its steps. (On 16 validation images with a noise of 0.01 as many give 25.8 dB in place of 27.5, for
-        they follow the noise; without noise 71 dB in place of 60.)
+        take a third of its steps. (On 16 validation images with a noise of 0.01, as many give 25.8 dB in place of 27.5,
+        for they follow the noise; without noise 71 dB in place of 60.)
 
         Args:
             y: (B, C, H', W').
