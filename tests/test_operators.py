@@ -39,6 +39,7 @@ from vml_ldm.operators import (
     motion_kernel,
     squares,
 )
+from vml_ldm.operators.base import normal_of
 from vml_ldm.operators.blur import BOUNDARIES, _fast_length
 from vml_ldm.operators.smoothing import roughness_gradient
 
@@ -852,3 +853,38 @@ def test_smooth_is_the_minimiser_behind_a_blur_and_fourier_takes_fewer_steps_to_
     steps = count_steps()
     monkeypatch.setattr(operator, "shift_invariant", False)
     assert steps < 0.7 * count_steps()
+
+
+HALF = torch.ones(1, 1, 64, 48)
+HALF[..., 24:] = 0
+RARE = (torch.rand(1, 1, 64, 48, generator=torch.Generator().manual_seed(3)) < 0.2).double()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [Mask(HALF), Mask(RARE), Grayscale(), Compose(Mask(HALF), Grayscale()), Downsample(4)],
+    ids=["half", "random", "grey", "grey half", "small"],
+)
+def test_smooth_takes_few_steps_whichever_colours_are_seen(operator, monkeypatch):
+    """R weighs colours eleven times, and A may mix them or lose some: that is no reason to take more steps."""
+    size, calls, normal = (64, 48), [], normal_of(operator)
+    monkeypatch.setattr(operator, "normal", lambda image: calls.append(image) or normal(image), raising=False)
+    x = F.interpolate(images(size=(16, 12)), size, mode="bilinear")
+    grey, y = torch.full_like(x, 0.5), operator(x)
+    slope = lambda image: operator.adjoint(y - operator(image)) - 0.1**2 * roughness_gradient(image)  # noqa: E731
+    found = Measurement(operator, y, 0.01).smooth(grey, noise=0.01, slope=0.1)
+    assert squares(slope(found)).max() < 1e-5 * squares(slope(grey)).min()
+    assert len(calls) < 45
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_smooth_leaves_the_colour_that_nothing_tells(dtype):
+    """Luma and smoothness tell nothing of two tints over the whole picture: only the third, ``(1 + 10 (1 - mean))^-1``
+    times luma, which is nearly grey, may move, however many steps are taken."""
+    x = images(size=(64, 49)).to(dtype)
+    start = x.new_tensor([0.7, 0.4, 0.2])[:, None, None].expand_as(x)
+    found = Measurement(Grayscale(), Grayscale()(x), 0.01).smooth(start, noise=0.01, slope=0.1, tolerance=1e-9)
+    luma = x.new_tensor([0.299, 0.587, 0.114])
+    tint = luma.mean() + (luma - luma.mean()) / 11
+    change = (found - start).mean(dim=(2, 3))
+    assert torch.allclose(change, (change @ luma)[:, None] * tint / (luma @ tint), atol=1e-4)

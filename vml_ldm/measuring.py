@@ -22,7 +22,7 @@ _KNOWN_SHARE = 0.5  # and that an inpainting takes, whose known pixels are paste
 _MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder cannot draw; chosen on validation images
 _LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
 NEAR = 1e-3  # tolerance of the smoothest image that agrees with y: it changes less than 8 bits show
-_SETTLED = 1e-2  # and of what `settle` adds, whose rms is then wrong by less than 8 bits round
+_SETTLED = 3e-3  # and of what `settle` adds, whose rms is then wrong by less than 8 bits round
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -15,6 +14,7 @@ from .base import LinearOperator, conjugate_gradients, normal_of
 
 _COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
 _STEPS = 100
+_UNSEEN = 1e-5  # of what A sees of the best seen tint, is rounding
 
 Map = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C, H, W), linear
 
@@ -34,7 +34,8 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor, tolerance:
 
     At most 100 conjugate gradients. Where the operator is `shift_invariant` they are preconditioned in the Fourier
     domain, as if the image went on at its other side; elsewhere by the preconditioner of Bramble, Pasciak and Xu (1990)
-    for R and for the row sums of A^T A: how many it takes depends little on the size of what the operator does not see.
+    for R and for the row sums of A^T A, tint by tint: how many it takes depends little on the size of what the operator
+    does not see, or on how it mixes colours.
 
     Args:
         b: (B, C, H, W).
@@ -77,15 +78,49 @@ def _on_waves(normal: Map, b: Tensor, weight: Tensor) -> Map:
 
 
 def _on_grids(normal: Map, b: Tensor, weight: Tensor) -> Map:
-    """On each of ever coarser grids, r divided by the diagonal of ``A^T A``'s row sums and of ``weight R`` there."""
-    channels = b.shape[1]
-    stiffness = weight * 4 * (1 + _COLOUR * (channels - 1) / channels)  # the diagonal of R, the same at every level
-    seen = normal(torch.ones_like(b)).abs()
+    """On each of ever coarser grids, r divided by the diagonal of ``A^T A``'s row sums and of ``weight R`` there.
+
+    In tints t of which neither A^T A, in the mean over the picture, nor R connects any two; R has ``t^T R t = 1`` of a
+    unit gradient in each.
+    """
+    seen = torch.stack([normal(plain.expand_as(b)) for plain in _plain_colours(b)], 2)  # (B, C, C, H, W)
+    tints = _tints(seen.mean(dim=(3, 4)))
+    seen = torch.einsum("bik,bijhw,bjk->bkhw", tints, seen, tints).abs()
+    stiffness = 4 * weight  # the diagonal of R, the same at every level
     grids = list(zip(_interpolations(b, 2), _interpolations(b, 3), strict=True))
     from_finest = zip(*(accumulate(axis, torch.matmul) for axis in zip(*grids, strict=True)), strict=True)
     diagonals = [seen + stiffness]
     diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
-    return partial(_on_all_grids, grids=grids, diagonals=diagonals)
+    whole = seen.mean(dim=(2, 3), keepdim=True)
+    unseen = (whole <= _UNSEEN * whole.amax(dim=1, keepdim=True)).to(b)
+
+    def keep(r: Tensor) -> Tensor:
+        """The mean of a tint that A does not see stays what it is: R does not see it either."""
+        return r - unseen * r.mean(dim=(2, 3), keepdim=True)
+
+    return lambda r: _mix(tints, keep(_on_all_grids(keep(_mix(tints.mT, r)), grids, diagonals)))
+
+
+def _plain_colours(image: Tensor) -> Tensor:
+    """(C, 1, C, 1, 1): for each channel, a picture of it alone."""
+    return torch.eye(image.shape[1]).to(image)[:, None, :, None, None]
+
+
+def _tints(seen: Tensor) -> Tensor:
+    """(B, C, C): columns t with ``t_i^T seen t_j = 0``, and ``t_i^T (1 + 10 (1 - mean)) t_j`` = 1 if i = j, else 0.
+
+    Args:
+        seen: (B, C, C), symmetric: what of one channel's brightness A^T A gives to another, in the mean.
+    """
+    channels = seen.shape[1]
+    grey = torch.full((channels, channels), 1 / channels, dtype=torch.float64)
+    root = grey + (torch.eye(channels, dtype=torch.float64) - grey) / math.sqrt(1 + _COLOUR)
+    return (root @ torch.linalg.eigh(root @ seen.cpu().double() @ root).eigenvectors).to(seen)
+
+
+def _mix(matrix: Tensor, image: Tensor) -> Tensor:
+    """(B, C, H, W), the matrix times each pixel's channels."""
+    return (matrix @ image.flatten(2)).unflatten(2, image.shape[2:])
 
 
 def _on_all_grids(r: Tensor, grids: list[tuple[Tensor, Tensor]], diagonals: list[Tensor]) -> Tensor:
