@@ -14,6 +14,7 @@ from vml_ldm import Downsample, VMLRestorePipeline
 from vml_ldm.evaluation.azula_peers import METHODS, AzulaPeer
 from vml_ldm.operators import Measurement
 
+BACKWARD = {"dps": (1, 1), "pigdm": (1, 0), "mmps": (4, 4), "tmpd": (2, 2), "diffpir": (0, 4)}  # of UNet, of decoder
 SETTINGS = {"dps": (("zeta", 0.3),), "mmps": (("iterations", 3),), "diffpir": (("lmbda", 1.0), ("iterations", 3))}
 
 
@@ -49,5 +50,7 @@ def test_it_runs_in_the_pipeline_and_its_seed_is_the_generator_s(tmp_path, name)
     assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
     assert torch.isfinite(first.images).all() and first.report.solver == f"azula-{name}"
     assert first.report.calls["denoise"] == 3
+    passes = tuple(first.report.calls.get(network, 0) for network in ("denoise_vjp", "decode_vjp"))
+    assert passes == tuple(3 * count for count in BACKWARD[name])
     with pytest.raises(ValueError, match="came with 2 images; expected one"):
         pipe("a hat", solver=solver, **{**given, "y": y.repeat(2, 1, 1, 1)})

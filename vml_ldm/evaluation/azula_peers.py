@@ -9,6 +9,9 @@ rows (B, D), its noise comes from torch's global generator, and DPS takes one le
 one image, with a seed drawn from its generator. DiffPIR and TMPD are stated for linear operators, and a decoder maps 0
 to grey: they are given ``z -> A(Dec(z)) - A(Dec(0))``, and y without that constant.
 
+azula differentiates by itself. Its backward passes through a network are counted as ours are, but their time counts as
+outside; a product with the decoder's Jacobian (mmps) counts as a decode.
+
 Needs azula (``pip install --no-deps azula einops``: its plug-ins' requirements are not used).
 """
 
@@ -90,7 +93,7 @@ class _Problem:
         var_y: sigma_y^2.
     """
 
-    def __init__(self, prior: Prior, measurement: Measurement, schedule: Schedule, shape: tuple[int, ...]):
+    def __init__(self, prior: Metered, measurement: Measurement, schedule: Schedule, shape: tuple[int, ...]):
         self.prior, self.operator, self.shape = prior, measurement.operator, shape
         self.denoiser = _Denoiser(prior, schedule, shape)
         self.y, self.var_y = _row(measurement.y), measurement.sigma_y.square().item()
@@ -98,7 +101,8 @@ class _Problem:
 
     def seen(self, z: Tensor) -> Tensor:
         """``A(Dec(z))``."""
-        return _row(self.operator(self.prior.decode(z.reshape(self.shape))))
+        image = _counted(self.prior.decode(z.reshape(self.shape)), self.prior, "decode_vjp")
+        return _row(self.operator(image))
 
     def invert(self, y: Tensor) -> Tensor:
         """``Enc(A^+ y)``, y a row."""
@@ -108,7 +112,7 @@ class _Problem:
 
 
 class _Denoiser(Denoiser):
-    def __init__(self, prior: Prior, schedule: Schedule, shape: tuple[int, ...]):
+    def __init__(self, prior: Metered, schedule: Schedule, shape: tuple[int, ...]):
         super().__init__()
         self.prior, self.levels, self.shape = prior, schedule, shape
 
@@ -119,7 +123,8 @@ class _Denoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs) -> DiracPosterior:
         alpha, sigma = (scale.item() for scale in self.schedule(t))
-        return DiracPosterior(mean=self.prior.denoise(x_t.reshape(self.shape), alpha, sigma).flatten(1))
+        z0_hat = self.prior.denoise(x_t.reshape(self.shape), alpha, sigma)
+        return DiracPosterior(mean=_counted(z0_hat, self.prior, "denoise_vjp").flatten(1))
 
 
 def _sampler(name: str, problem: _Problem, settings: dict) -> Sampler:
@@ -146,6 +151,13 @@ class _InRows(TorchFunctionMode):
         if func is F.group_norm:
             args = (args[0].contiguous(), *args[1:])
         return func(*args, **kwargs or {})
+
+
+def _counted(value: Tensor, prior: Metered, name: str) -> Tensor:
+    """A network's value; each backward pass that goes through it counts."""
+    if value.requires_grad:
+        value.register_hook(lambda gradient: prior.calls.update([name]))
+    return value
 
 
 def _row(y: Tensor) -> Tensor:
