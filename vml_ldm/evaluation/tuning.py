@@ -85,6 +85,22 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("psld", "sr4", 0.01): (("omega", 10.0), ("gamma", 0.01)),
     ("psld", "sr8", 0.01): (("omega", 10.0), ("gamma", 0.1)),
     ("psld", "deblur", 0.01): (("omega", 3.0), ("gamma", 0.1)),
+    ("latent-daps", "sr4", 0.01): (("lr", 0.3), ("steps", 10)),
+    ("latent-daps", "deblur", 0.01): (("lr", 0.1), ("steps", 10)),
+    ("latent-daps", "box", 0.01): (("lr", 0.3), ("steps", 5)),
+    ("latent-daps", "random", 0.01): (("lr", 0.1), ("steps", 10)),
+    ("azula-pigdm", "sr4", 0.01): (("eta", 0.0),),
+    ("azula-pigdm", "deblur", 0.01): (("eta", 0.0),),
+    ("azula-pigdm", "box", 0.01): (("eta", 0.0),),
+    ("azula-pigdm", "random", 0.01): (("eta", 0.0),),
+    ("azula-mmps", "sr4", 0.01): (("iterations", 5),),
+    ("azula-mmps", "deblur", 0.01): (("iterations", 5),),
+    ("azula-mmps", "box", 0.01): (("iterations", 3),),
+    ("azula-mmps", "random", 0.01): (("iterations", 5),),
+    ("azula-tmpd", "sr4", 0.01): (("eta", 0.0),),
+    ("azula-tmpd", "deblur", 0.01): (("eta", 0.0),),
+    ("azula-tmpd", "box", 0.01): (("eta", 1.0),),
+    ("azula-tmpd", "random", 0.01): (("eta", 1.0),),
 }
 
 
