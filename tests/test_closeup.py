@@ -169,12 +169,16 @@ def test_elsewhere_the_latent_is_the_encoder_s(pipe):
 
 
 def test_each_image_has_a_part_of_its_own(pipe):
-    """A batch gives what its images give alone, an image with a large hole among them."""
+    """A batch gives what its images give alone, an image with a large hole among them.
+
+    By the full decoder, which is smooth: at a kink of the small one's rectifiers, rounding turns a gradient.
+    """
     image, painted = picture(3)
     painted[2, :, 64:192, 64:192] = 1
-    together = solve(pipe, image, painted)
-    alone = [solve(pipe, image[i : i + 1], painted[i : i + 1], seed=i).images for i in range(3)]
-    assert (together.images - torch.cat(alone)).abs().max() < 1e-3
+    draw = lambda *problem, **seed: solve(pipe, *problem, use_gradient_vae=False, **seed)  # noqa: E731
+    together = draw(image, painted)
+    alone = [draw(image[i : i + 1], painted[i : i + 1], seed=i).images for i in range(3)]
+    assert (together.images - torch.cat(alone)).abs().max() < 1e-4
     assert together.report.drawn == [10 * 20 / 1024, 17 * 20 / 1024, 1.0]
 
 

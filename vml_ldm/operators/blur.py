@@ -257,7 +257,7 @@ def _extend(x: Tensor, axis: int, before: int, after: int, boundary: str) -> Ten
     n = x.shape[axis]
     if boundary == "zero":
         return F.pad(x, (0, 0) * (3 - axis) + (before, after))
-    if boundary == "reflect" and max(before, after) < n:  # slices, for an index takes ten times as long
+    if max(before, after) < n:  # slices, for an index takes ten times as long
         left, right = x.narrow(axis, 1, before), x.narrow(axis, n - 1 - after, after)
         return torch.cat([left.flip(axis), x, right.flip(axis)], axis)
     return x.index_select(axis, _places(n, before, after, boundary)[0].to(x.device))
@@ -269,7 +269,7 @@ def _fold(x: Tensor, axis: int, before: int, after: int, boundary: str) -> Tenso
     inside = x.narrow(axis, before, n)
     if boundary == "zero":
         return inside
-    if boundary == "reflect" and max(before, after) < n:
+    if max(before, after) < n:
         left, right = x.narrow(axis, 0, before), x.narrow(axis, before + n, after)
         folded = inside.clone()
         folded.narrow(axis, 1, before).add_(left.flip(axis))
