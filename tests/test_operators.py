@@ -42,6 +42,7 @@ from vml_ldm.operators import (
 from vml_ldm.operators.base import normal_of
 from vml_ldm.operators.blur import BOUNDARIES, _fast_length
 from vml_ldm.operators.smoothing import roughness_gradient
+from vml_ldm.operators.spectral import _coarsen
 
 SIZE = (16, 8)
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -441,6 +442,19 @@ def test_phase_retrieval_starts_near_the_image():
     start = PhaseRetrieval().start(y)
     assert (PhaseRetrieval()(start) - y).square().mean().sqrt() < 0.01
     assert min((start - turned).square().mean().sqrt() for turned in (image, image.flip(2, 3))) < 0.02
+
+
+@pytest.mark.parametrize("size", [(16, 10), (9, 14)])
+def test_the_coarser_magnitudes_are_those_of_every_second_pixel(size):
+    waves = torch.fft.fft2(images(1, size=tuple(math.ceil(n / 2) for n in size), channels=1))
+    at = [torch.arange(n).double() * m / n for n, m in zip(size, waves.shape[2:], strict=True)]  # in coarse pixels
+    rows, columns = (
+        torch.exp(2j * torch.pi * place[:, None] * torch.fft.fftfreq(m).double())
+        for place, m in zip(at, waves.shape[2:], strict=True)
+    )
+    smooth = rows @ waves.cdouble() @ columns.T / waves[0, 0].numel()  # what its waves are with twice the pixels
+    fine, coarse = (torch.fft.fft2(x, norm="ortho").abs() for x in (smooth, torch.fft.ifft2(waves)))
+    assert torch.allclose(_coarsen(fine), coarse)
 
 
 @pytest.mark.parametrize("oversample", [1, 1.25, 2, 3.3])

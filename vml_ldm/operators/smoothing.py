@@ -67,12 +67,12 @@ def _on_waves(normal: Map, b: Tensor, weight: Tensor) -> Map:
     laplacian = (down[:, None] + right[: width // 2 + 1]).to(b)
     lightness, colour = (seen + weight * scale * laplacian for scale in (1, 1 + _COLOUR))
     least = torch.finfo(b.dtype).eps * lightness.amax(dim=(2, 3), keepdim=True)  # an A that loses the mean
-    lightness, colour = lightness.clamp(min=least), colour.clamp(min=least)
+    lightness, colour = 1 / lightness.clamp(min=least), 1 / colour.clamp(min=least)
 
     def precondition(r: Tensor) -> Tensor:
         waves = torch.fft.rfft2(r)
         grey = waves.mean(1, keepdim=True)
-        return torch.fft.irfft2(grey / lightness + (waves - grey) / colour, s=(height, width))
+        return torch.fft.irfft2(colour * waves + (lightness - colour) * grey, s=(height, width))
 
     return precondition
 

@@ -42,20 +42,27 @@ class PhaseRetrieval(Operator):
 
         ``x <- x + beta [P((1 + 1/beta) M x - x / beta) - M x]``, beta = 0.9: M gives x's spectrum the magnitudes y, P
         keeps values in [0, 1] and the padding at zero. The last tenth of the steps are ``x <- P M x``. The image may
-        come out turned by 180 degrees; the other channels begin with the first one's result, to be turned alike, and
-        take a third of its steps. (On 16 validation images with a noise of 0.01, as many give 25.8 dB in place of 27.5,
-        for they follow the noise; without noise 71 dB in place of 60.)
+        come out turned by 180 degrees.
+
+        The steps are the first channel's, of half as many pixels a side, from the lowest quarter of the frequencies; it
+        takes a tenth of them again with all of its pixels, and the other channels as many from its result, to be turned
+        alike. (On 16 validation images all the steps with all pixels give 27.5 dB in place of 27.7 at a noise of 0.01
+        and 17.0 in place of 19.1 at 0.05, for they follow the noise, in more than twice the time. Without noise they
+        give 60 dB in place of 40: what is found then is more often the image, and nearer to it.)
 
         Args:
             y: (B, C, H', W').
-            steps: iterations of the first channel, of two Fourier transforms each.
+            steps: iterations, of two Fourier transforms each.
             seed: of the pixels it begins with.
         """
         expect(y, "y", ("B", "C", "H'", "W'"), "Pass what this operator returned.")
         size = [math.floor(n / self.oversample + 1e-9) for n in y.shape[2:]]
-        noise = torch.rand(size, generator=torch.Generator().manual_seed(seed)).to(y)
-        first = _find_phase(noise.expand(len(y), 1, -1, -1), y[:, :1], steps)
-        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], math.ceil(steps / 3))
+        low, further = _coarsen(y[:, :1]), math.ceil(steps / 10)
+        half = [math.ceil(n * m / whole) for n, m, whole in zip(size, low.shape[2:], y.shape[2:], strict=True)]
+        noise = torch.rand(half, generator=torch.Generator().manual_seed(seed)).to(y)
+        coarse = _find_phase(noise.expand(len(y), 1, -1, -1), low, steps)
+        first = _find_phase(F.interpolate(coarse, size, mode="bilinear", align_corners=True), y[:, :1], further)
+        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], further)
         return torch.cat([first, others], 1)
 
 
@@ -173,6 +180,16 @@ def _hadamard(n: int) -> Tensor:
     while len(matrix) < n:
         matrix = torch.kron(matrix, pair)
     return matrix / math.sqrt(n)
+
+
+def _coarsen(y: Tensor) -> Tensor:
+    """The magnitudes (B, C, H', W') that an image of half as many pixels a side has, those of its lower frequencies."""
+    for axis in (2, 3):
+        whole = y.shape[axis]
+        half = math.ceil(whole / 2)
+        waves = (torch.fft.fftfreq(half) * half).round().long() % whole
+        y = y.index_select(axis, waves.to(y.device)) * math.sqrt(half / whole)
+    return y
 
 
 def _find_phase(image: Tensor, y: Tensor, steps: int) -> Tensor:
