@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, and no GPU test where there is no GPU."""
+"""Settings for all tests: no network, no GPU test where there is no GPU, and no more threads than cores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a hub client
 
 import pytest
 import torch
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
