@@ -35,7 +35,9 @@ class PhaseRetrieval(Operator):
         """(B, C, H, W) -> (B, C, H', W'), >= 0."""
         expect(image, "image", ("B", "C", "H", "W"), "Add the axes that are missing.")
         height, width = (math.ceil(self.oversample * n) for n in image.shape[2:])
-        return torch.fft.fft2(image, s=(height, width), norm="ortho").abs()
+        half = torch.fft.rfft2(image, s=(height, width), norm="ortho").abs()
+        others = half[..., 1 : (width + 1) // 2]  # waves k and -k of a real image have one magnitude
+        return torch.cat([half, others.flip(2, 3).roll(1, 2)], 3)
 
     def start(self, y: Tensor, *, steps: int = 300, seed: int = 0) -> Tensor:
         """(B, C, H, W) in [0, 1]: hybrid input-output (Fienup, 1982), from random pixels.
