@@ -21,7 +21,7 @@ _VAE_SHARE = 0.25  # of the VAE's round-trip error, in the sigma_y that a restor
 _KNOWN_SHARE = 0.5  # and that an inpainting takes, whose known pixels are pasted
 _MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder cannot draw; chosen on validation images
 _LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
-NEAR = 3e-3  # tolerance of the smooth images, whose rms is then wrong by less than 8 bits round
+NEAR = 3e-3  # tolerance of the smooth images: their rms is then wrong by about as much as 8 bits round
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
 
 
