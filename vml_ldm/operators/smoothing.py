@@ -13,8 +13,9 @@ from torch import Tensor
 from .base import LinearOperator, conjugate_gradients, normal_of
 
 _COLOUR = 10.0  # how much more roughness of colour counts than that of lightness
+_SCALES = (1, 1 + _COLOUR)  # of the Laplacian in R: lightness, colour
 _STEPS = 100
-_UNSEEN = 1e-5  # of what A sees of the best seen tint, is rounding
+_UNSEEN = 1e-5  # of what A sees of the best seen tint or wave, is rounding
 
 Map = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, C, H, W), linear
 
@@ -33,9 +34,9 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor, tolerance:
     """``(A^T A + weight R)^-1 b``, (B, C, H, W), R as in `roughness_gradient`.
 
     At most 100 conjugate gradients. Where the operator is `shift_invariant` they are preconditioned in the Fourier
-    domain, as if the image went on at its other side; elsewhere by the preconditioner of Bramble, Pasciak and Xu (1990)
-    for R and for the row sums of A^T A, tint by tint: how many it takes depends little on the size of what the operator
-    does not see, or on how it mixes colours.
+    domain, as if the image went on at its other side, but near its edges by the diagonal; elsewhere by the
+    preconditioner of Bramble, Pasciak and Xu (1990) for R and for the row sums of A^T A, tint by tint: how many it
+    takes depends little on the size of what the operator does not see, or on how it mixes colours.
 
     Args:
         b: (B, C, H, W).
@@ -54,27 +55,63 @@ def solve_smooth(operator: LinearOperator, b: Tensor, weight: Tensor, tolerance:
 
 
 def _on_waves(normal: Map, b: Tensor, weight: Tensor) -> Map:
-    """``(A^T A + weight R)^-1`` of an image without edges, on which both act wave by wave.
+    """``S W^-1 S + (1 - S^2) / d``, W as ``A^T A + weight R`` of an image without edges, where both act wave by wave.
 
     The response of A^T A to one pixel tells how much of each wave it leaves; of R, lightness and colour have a multiple
-    of the Laplacian's each.
+    of the Laplacian's each. Waves that A does not see within the image it may see at its edges: there S is less than
+    one (`_inside`), and d, the diagonal, stands for W.
     """
     height, width = b.shape[2:]
-    pixel = torch.zeros_like(b)
-    pixel[..., height // 2, width // 2] = 1
-    seen = torch.fft.rfft2(normal(pixel)).abs().mean(1, keepdim=True)
+    response, corner = (_response(normal, b, *place) for place in ((height // 2, width // 2), (0, 0)))
+    seen, own = torch.fft.rfft2(response).abs().mean(1, keepdim=True), response[..., :1, :1].mean(1, keepdim=True)
     down, right = (2 - 2 * torch.cos(2 * math.pi * torch.arange(n, device=b.device) / n) for n in (height, width))
     laplacian = (down[:, None] + right[: width // 2 + 1]).to(b)
-    lightness, colour = (seen + weight * scale * laplacian for scale in (1, 1 + _COLOUR))
-    least = torch.finfo(b.dtype).eps * lightness.amax(dim=(2, 3), keepdim=True)  # an A that loses the mean
-    lightness, colour = 1 / lightness.clamp(min=least), 1 / colour.clamp(min=least)
+    lost = seen[..., :1, :1] <= _UNSEEN * _largest(seen)  # the mean, of which R tells nothing
+    least = weight * (2 - 2 * math.cos(2 * math.pi / max(height, width)))  # R of the longest wave
+    waves = [1 / (seen + weight * scale * laplacian).clamp(min=least) for scale in _SCALES]
+    alike = 1 / (own + weight * laplacian)  # W^-1 if A saw all waves alike, which edges are nearer to
+    edge = (alike.mean(dim=(2, 3), keepdim=True) / waves[0].mean(dim=(2, 3), keepdim=True)).clamp(max=1).sqrt()
+    edgeless = _largest(response - corner) <= 1e-3 * _largest(response)
+    inside = _inside(response, torch.where(edgeless | lost, 1, edge))
+    diagonal = [(1 - inside**2) / (own + 4 * weight * scale) for scale in _SCALES]
+
+    keep = _keep_means(lost)
 
     def precondition(r: Tensor) -> Tensor:
-        waves = torch.fft.rfft2(r)
-        grey = waves.mean(1, keepdim=True)
-        return torch.fft.irfft2(colour * waves + (lightness - colour) * grey, s=(height, width))
+        r = keep(r)
+        drawn = torch.fft.irfft2(_by_colour(waves, torch.fft.rfft2(inside * r)), s=(height, width))
+        return keep(inside * drawn + _by_colour(diagonal, r))
 
     return precondition
+
+
+def _response(normal: Map, image: Tensor, row: int, column: int) -> Tensor:
+    """(B, C, H, W): what A^T A makes of one bright pixel, that pixel rolled to the origin."""
+    pixel = torch.zeros_like(image)
+    pixel[..., row, column] = 1
+    return normal(pixel).roll((-row, -column), dims=(2, 3))
+
+
+def _inside(response: Tensor, edge: Tensor) -> Tensor:
+    """(B, 1, H, W): rises from a value at the edges to 1 as far from them as the response spreads (rms)."""
+    y, x = (torch.arange(n, device=response.device) for n in response.shape[2:])
+    power = response.abs()
+    far = torch.minimum(y, len(y) - y)[:, None] ** 2 + torch.minimum(x, len(x) - x) ** 2
+    total = power.mean(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(response.dtype).tiny)
+    spread = ((power * far).mean(dim=(1, 2, 3), keepdim=True) / total).sqrt()
+    down, right = (((0.5 + torch.minimum(i, len(i) - 1 - i)) / spread).clamp(max=1) for i in (y[:, None], x))
+    return edge + (1 - edge) * down * right
+
+
+def _largest(image: Tensor) -> Tensor:
+    """(B, 1, 1, 1)."""
+    return image.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+def _by_colour(factors: list[Tensor], image: Tensor) -> Tensor:
+    """(B, C, H, W), an image or its spectrum: lightness (the channels' mean) and colour (the rest) times a factor."""
+    lightness, colour = factors
+    return colour * image + (lightness - colour) * image.mean(1, keepdim=True)
 
 
 def _on_grids(normal: Map, b: Tensor, weight: Tensor) -> Map:
@@ -92,13 +129,15 @@ def _on_grids(normal: Map, b: Tensor, weight: Tensor) -> Map:
     diagonals = [seen + stiffness]
     diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
     whole = seen.mean(dim=(2, 3), keepdim=True)
-    unseen = (whole <= _UNSEEN * whole.amax(dim=1, keepdim=True)).to(b)
-
-    def keep(r: Tensor) -> Tensor:
-        """The mean of a tint that A does not see stays what it is: R does not see it either."""
-        return r - unseen * r.mean(dim=(2, 3), keepdim=True)
-
+    keep = _keep_means(whole <= _UNSEEN * whole.amax(dim=1, keepdim=True))
     return lambda r: _mix(tints, keep(_on_all_grids(keep(_mix(tints.mT, r)), grids, diagonals)))
+
+
+def _keep_means(lost: Tensor) -> Map:
+    """The mean, or a tint's, that A does not see stays what it is: R does not see it either."""
+    if not lost.any():
+        return lambda r: r
+    return lambda r: r - lost * r.mean(dim=(2, 3), keepdim=True)
 
 
 def _plain_colours(image: Tensor) -> Tensor:
