@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -25,7 +25,7 @@ def roughness_gradient(image: Tensor) -> Tensor:
 
     R sums squared differences of neighbouring pixels: a picture's colour is smoother than its lightness.
     """
-    x = image + _COLOUR * (image - image.mean(1, keepdim=True))
+    x = _by_colour(_SCALES, image)
     down, right = x.diff(dim=2), x.diff(dim=3)
     return -F.pad(down, (0, 0, 1, 1)).diff(dim=2) - F.pad(right, (1, 1)).diff(dim=3)
 
@@ -66,21 +66,17 @@ def _on_waves(normal: Map, b: Tensor, weight: Tensor) -> Map:
     seen, own = torch.fft.rfft2(response).abs().mean(1, keepdim=True), response[..., :1, :1].mean(1, keepdim=True)
     down, right = (2 - 2 * torch.cos(2 * math.pi * torch.arange(n, device=b.device) / n) for n in (height, width))
     laplacian = (down[:, None] + right[: width // 2 + 1]).to(b)
-    lost = seen[..., :1, :1] <= _UNSEEN * _largest(seen)  # the mean, of which R tells nothing
-    least = weight * (2 - 2 * math.cos(2 * math.pi / max(height, width)))  # R of the longest wave
-    waves = [1 / (seen + weight * scale * laplacian).clamp(min=least) for scale in _SCALES]
+    lost = (laplacian == 0) & (seen <= _UNSEEN * _largest(seen))  # a mean that A does not see stays: nor does R
+    waves = [torch.where(lost, 0, 1 / (seen + weight * scale * laplacian)) for scale in _SCALES]
     alike = 1 / (own + weight * laplacian)  # W^-1 if A saw all waves alike, which edges are nearer to
     edge = (alike.mean(dim=(2, 3), keepdim=True) / waves[0].mean(dim=(2, 3), keepdim=True)).clamp(max=1).sqrt()
     edgeless = _largest(response - corner) <= 1e-3 * _largest(response)
-    inside = _inside(response, torch.where(edgeless | lost, 1, edge))
+    inside = _inside(response, torch.where(edgeless | lost[..., :1, :1], 1, edge))
     diagonal = [(1 - inside**2) / (own + 4 * weight * scale) for scale in _SCALES]
 
-    keep = _keep_means(lost)
-
     def precondition(r: Tensor) -> Tensor:
-        r = keep(r)
         drawn = torch.fft.irfft2(_by_colour(waves, torch.fft.rfft2(inside * r)), s=(height, width))
-        return keep(inside * drawn + _by_colour(diagonal, r))
+        return inside * drawn + _by_colour(diagonal, r)
 
     return precondition
 
@@ -108,7 +104,7 @@ def _largest(image: Tensor) -> Tensor:
     return image.abs().amax(dim=(1, 2, 3), keepdim=True)
 
 
-def _by_colour(factors: list[Tensor], image: Tensor) -> Tensor:
+def _by_colour(factors: Sequence[float | Tensor], image: Tensor) -> Tensor:
     """(B, C, H, W), an image or its spectrum: lightness (the channels' mean) and colour (the rest) times a factor."""
     lightness, colour = factors
     return colour * image + (lightness - colour) * image.mean(1, keepdim=True)
@@ -129,15 +125,13 @@ def _on_grids(normal: Map, b: Tensor, weight: Tensor) -> Map:
     diagonals = [seen + stiffness]
     diagonals += [(rows**2).mT @ seen @ columns**2 + stiffness for rows, columns in from_finest]
     whole = seen.mean(dim=(2, 3), keepdim=True)
-    keep = _keep_means(whole <= _UNSEEN * whole.amax(dim=1, keepdim=True))
+    unseen = (whole <= _UNSEEN * whole.amax(dim=1, keepdim=True)).to(b)
+
+    def keep(r: Tensor) -> Tensor:
+        """The mean of a tint that A does not see stays what it is: R does not see it either."""
+        return r - unseen * r.mean(dim=(2, 3), keepdim=True)
+
     return lambda r: _mix(tints, keep(_on_all_grids(keep(_mix(tints.mT, r)), grids, diagonals)))
-
-
-def _keep_means(lost: Tensor) -> Map:
-    """The mean, or a tint's, that A does not see stays what it is: R does not see it either."""
-    if not lost.any():
-        return lambda r: r
-    return lambda r: r - lost * r.mean(dim=(2, 3), keepdim=True)
 
 
 def _plain_colours(image: Tensor) -> Tensor:
