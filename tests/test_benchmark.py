@@ -318,6 +318,25 @@ def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Pla
     assert {key: row.psnr for key, row in first.items()} == {key: row.psnr for key, row in again.items()}
 
 
+def test_an_image_with_several_seeds_is_one_row_of_the_table(pipe, plan: Plan, tmp_path: Path) -> None:
+    often = dataclasses.replace(plan, methods=(RED_TUNED, START), tasks=("motion",), seeds=3, batch=8)
+    run(often, pipe, rows_in(tmp_path))
+    recorded = list(rows_in(tmp_path).by_key.values())
+    assert len({(row.image, row.method, row.seed) for row in recorded}) == len(recorded) == 12
+    assert len({row.psnr for row in recorded}) == 12  # noise, kernel and what a solver begins with: all of the seed's
+    (group,) = Benchmark(often, pipe, rows_in(tmp_path)).groups()
+    for method, rows in group.rows.items():
+        for row in rows:
+            of_image = [found for found in recorded if (found.image, found.method) == (row.image, method)]
+            for name in ("psnr", "perceptual", "residual", "seconds", "denoise"):
+                figures = [getattr(found, name) for found in of_image]
+                expected = None if None in figures else pytest.approx(sum(figures) / 3)
+                assert getattr(row, name) == expected
+        assert len(rows) == 2 == int(group.labels[-1])
+    (first,) = Benchmark(dataclasses.replace(often, seeds=1), pipe, rows_in(tmp_path)).groups()
+    assert all(row in recorded for rows in first.rows.values() for row in rows)  # one seed: rows are what they were
+
+
 def test_parts_share_a_folder_and_the_work(finished, pipe, plan: Plan, tmp_path: Path) -> None:
     quick = dataclasses.replace(plan, methods=(START, BICUBIC), tasks=("sr4",))
     for part in (1, 2):

@@ -228,6 +228,13 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     )
     _add_precision(parser)
     _add_shared(parser)
+    parser.add_argument(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="try each image so often, with other seeds, and take its means (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
     parser.set_defaults(run=benchmark.run)

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
+        seeds=options.seeds,
         batch=options.batch,
         part=options.part,
         tuning=options.tune or "",

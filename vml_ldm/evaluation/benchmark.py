@@ -9,8 +9,9 @@ method alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,14 @@ from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver, at_steps
 from vml_ldm.evaluation.pictures import draw_pictures
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
-from vml_ldm.evaluation.rows import RowFile
+from vml_ldm.evaluation.rows import RowFile, key_of
 from vml_ldm.evaluation.table import Group
 from vml_ldm.evaluation.tuning import best_settings
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
 _PROBED = 4  # images, for what the first method costs
+_ROUND = 1000  # from an image's seed to its next one: more than a split has images
 CALLS = ("denoise", "denoise_vjp", "decode", "decode_vjp", "draft", "draft_vjp")
 
 
@@ -97,6 +99,23 @@ def _total(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
+def over_seeds(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
+    """One row for each image, in the order of their first: the means over its rows, and the first one's seed."""
+    by_image: dict[str, list[BenchmarkRow]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+    return [_mean_row(found) for found in by_image.values()]
+
+
+def _mean_row(rows: Sequence[BenchmarkRow]) -> BenchmarkRow:
+    first, *others = rows
+    if not others:
+        return first
+    figures = [field.name for field in fields(first)[len(key_of(first)) :]]
+    told = {name: [getattr(row, name) for row in rows] for name in figures}
+    return replace(first, **{name: None if None in values else fmean(values) for name, values in told.items()})
+
+
 class Place(NamedTuple):
     """A task at a noise."""
 
@@ -112,6 +131,9 @@ class Plan(comparison.Plan):
     """What to compare: tasks, each at every noise, and methods, of which the first is what others are compared to.
 
     Attributes:
+        seeds: how often each image is tried: with the seed of its place in the list, then with others. A seed is that
+            of all that is drawn: the solver's numbers, the noise of y, a kernel, scattered pixels. An image's figures
+            are means over its seeds, so that intervals are of images.
         part: (i, n), the i-th of n parts of the images, i from 1.
         tuning: the methods are the grid of this one, of which the best is told; with `equal` ours is the first of them.
         equal: "seconds" or "calls": every solver gets as many steps as cost what the first one costs; "": they all get
@@ -122,6 +144,7 @@ class Plan(comparison.Plan):
     methods: tuple[Solver | Naive, ...] = METHODS
     tasks: tuple[str, ...] = TASKS
     noises: tuple[float, ...] = NOISES
+    seeds: int = 1
     part: tuple[int, int] = (1, 1)
     tuning: str = ""
     equal: str = ""
@@ -172,7 +195,8 @@ class Benchmark(comparison.Comparison):
         made = [] if solve else rows.by_key.values()
         self._recorded = {(row.task, row.sigma_y, row.method): row.fingerprint for row in made}
         first, count = plan.part
-        self.cases = self.cases[first - 1 :: count]
+        self.images = self.cases[first - 1 :: count]
+        self.cases = [replace(c, seed=c.seed + _ROUND * i) for i in range(plan.seeds) for c in self.images]
         self._seen: tuple[tuple[str, ...], Tensor | None] = ((), None)
 
     def jobs(self) -> list[tuple[Place, Solver | Naive]]:
@@ -270,13 +294,15 @@ class Benchmark(comparison.Comparison):
             return prior.decode(prior.encode(truth.to(self.pipe.device))).cpu()
 
     def groups(self) -> list[Group]:
-        """Rows by place, of the images that every method there has answered; places without any are left out."""
+        """Rows by place, one for each image: its means over the seeds that every method there has answered. Places
+        without any are left out."""
         found = []
         for place in self.places():
             methods = self.methods_at(place)
             if cases := [c for c in self.cases if all(self.is_done(m, place, c) for m in methods)]:
-                rows = {method.name: self.rows_of(method, place, cases) for method in methods}
-                found.append(Group((place.task, f"{place.sigma_y:g}", str(len(cases))), rows))
+                rows = {method.name: over_seeds(self.rows_of(method, place, cases)) for method in methods}
+                count = str(len(rows[methods[0].name]))
+                found.append(Group((place.task, f"{place.sigma_y:g}", count), rows))
         return found
 
     def table(self) -> str:
@@ -284,11 +310,12 @@ class Benchmark(comparison.Comparison):
         plan, groups = self.plan, self.groups()
         if not groups:
             return "No image has been answered by every method yet."
-        images = f"{len(self.cases)} {plan.split.replace('_', '-')} images at {self.size} x {self.size} pixels"
+        images = f"{len(self.images)} {plan.split.replace('_', '-')} images at {self.size} x {self.size} pixels"
         made = (
             f"{plan.steps or 50} steps, seeds from {plan.seed}, batches of up to {plan.batch}, {self.pipe.device.type} "
             f"in {str(self.pipe.unet.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
         )
+        images += f", {plan.seeds} seeds each" if plan.seeds > 1 else ""
         head = f"{images}, rows as they were recorded." if self._recorded else f"{images}, {made}."
         end = best_settings(plan.tuning, groups) if plan.tuning else f"{summary(groups)}\n\n{verdicts(groups)}"
         at_equal_cost = [tell(self.rows.folder), standing(groups)] if plan.equal else []
