@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import vml_ldm
 from vml_ldm import RedDiff, cli, operators
-from vml_ldm.evaluation import methods, pages, tuning
+from vml_ldm.evaluation import methods, metrics, pages, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
 from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, standing, summary, verdicts
 from vml_ldm.evaluation.budgets import equalise, tell
@@ -316,6 +316,20 @@ def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Pla
     assert calls[6] == calls[7] and len(calls) == 19
     first, again = (rows_in(path).by_key for path in (finished[0], folder))
     assert {key: row.psnr for key, row in first.items()} == {key: row.psnr for key, row in again.items()}
+
+
+def test_lpips_is_a_column_where_every_row_has_it(pipe, plan: Plan, tmp_path: Path, monkeypatch) -> None:
+    class Error(torch.nn.Module):
+        def forward(self, image: Tensor, truth: Tensor) -> Tensor:
+            return (image - truth).abs().mean((1, 2, 3))
+
+    quick = dataclasses.replace(plan, methods=(START, BICUBIC), tasks=("sr4",))
+    assert "LPIPS ↓" not in run(quick, pipe, rows_in(tmp_path))
+    monkeypatch.setattr(metrics, "has_lpips", lambda: True)
+    monkeypatch.setattr(metrics, "LPIPS", Error)
+    assert "LPIPS ↓" in run(quick, pipe, rows_in(tmp_path))  # rows without it were not taken for these
+    told = [row.lpips for row in rows_in(tmp_path).by_key.values()]
+    assert len(told) == 8 and told.count(None) == 4 and all(0 < value < 1 for value in told if value is not None)
 
 
 def test_an_image_with_several_seeds_is_one_row_of_the_table(pipe, plan: Plan, tmp_path: Path) -> None:

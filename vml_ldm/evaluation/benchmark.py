@@ -46,7 +46,8 @@ class BenchmarkRow:
     the step in pixels and the clamp, the VAE's round-trip error of the truth as the operator sees it (both in units of
     y), and seconds for one image (a batch's time over its size). What came later may be None: how often the networks
     ran, forward and backward ("draft" is the small decoder), MiB that the call held at the most beyond what was held
-    before it, for its whole batch, and the share of the call's time that was spent outside the networks.
+    before it, for its whole batch, the share of the call's time that was spent outside the networks, and LPIPS (None
+    without its package and weights).
     """
 
     image: str
@@ -69,6 +70,7 @@ class BenchmarkRow:
     draft_vjp: int | None = None
     memory: float | None = None
     outside: float | None = None
+    lpips: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -197,6 +199,8 @@ class Benchmark(comparison.Comparison):
         first, count = plan.part
         self.images = self.cases[first - 1 :: count]
         self.cases = [replace(c, seed=c.seed + _ROUND * i) for i in range(plan.seeds) for c in self.images]
+        self.lpips = metrics.LPIPS() if metrics.has_lpips() else None
+        self.stamp += " and LPIPS" * (self.lpips is not None)
         self._seen: tuple[tuple[str, ...], Tensor | None] = ((), None)
 
     def jobs(self) -> list[tuple[Place, Solver | Naive]]:
@@ -262,6 +266,7 @@ class Benchmark(comparison.Comparison):
             self.distance(image, truth).tolist() if self.distance else [None] * len(cases),
             answer.residual.tolist(),
             problem.vae_error.tolist(),
+            self.lpips(image, truth).tolist() if self.lpips else [None] * len(cases),
             strict=True,
         )
         return [
@@ -272,8 +277,9 @@ class Benchmark(comparison.Comparison):
                 **{name: answer.calls.get(name, 0) for name in CALLS},
                 memory=cost.memory,
                 outside=1 - answer.in_networks / cost.seconds,
+                lpips=lpips,
             )
-            for case, values in zip(cases, figures, strict=True)
+            for case, (*values, lpips) in zip(cases, figures, strict=True)
         ]
 
     def _answer(self, method: Solver | Naive, problem: Problem) -> Answer:

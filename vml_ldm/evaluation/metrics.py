@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -182,6 +185,47 @@ def has_perceptual_weights() -> bool:
     except ModuleNotFoundError:
         return False
     return True
+
+
+class LPIPS(nn.Module):
+    """LPIPS (Zhang et al. 2018), version 0.1 on AlexNet, of images at their own size: the ``lpips`` package's.
+
+    AlexNet's weights are torchvision's, from torch's hub folder; nothing is downloaded.
+
+    Raises:
+        ModuleNotFoundError: `has_lpips` is False.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not has_lpips():
+            raise ModuleNotFoundError(
+                "LPIPS needs the lpips package, a torchvision that can be imported, and AlexNet's weights in "
+                f'{torch.hub.get_dir()}. Run once: pip install "vml-ldm[lpips]" && python -c '
+                "'import lpips; lpips.LPIPS()'"
+            )
+        import lpips
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks torchvision for weights in a way that is deprecated
+            self.network = lpips.LPIPS(net="alex", verbose=False)
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, truth: Tensor) -> Tensor:
+        """Distance of (B, 3, H, W) images in [0, 1] from others of the same shape: (B,)."""
+        _check_same_shape(image, truth)
+        return self.network(image.float(), truth.float(), normalize=True).flatten()
+
+
+def has_lpips() -> bool:
+    """Whether :class:`LPIPS` has all that it needs on this machine."""
+    if find_spec("lpips") is None:
+        return False
+    try:
+        from torchvision.models import AlexNet_Weights
+    except (ImportError, RuntimeError, OSError):  # the latter two: a torchvision that was built for another torch
+        return False
+    return Path(torch.hub.get_dir(), "checkpoints", Path(AlexNet_Weights.IMAGENET1K_V1.url).name).is_file()
 
 
 def _weights_file() -> str:
