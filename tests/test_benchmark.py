@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ from vml_ldm.evaluation.methods import (
 )
 from vml_ldm.evaluation.metrics import mean_and_interval, psnr
 from vml_ldm.evaluation.problems import LINEAR, TASKS, make_operator, pose, turn_if_nearer
-from vml_ldm.evaluation.rows import RowFile
+from vml_ldm.evaluation.rows import RowFile, read_levels, tell_levels
 from vml_ldm.evaluation.table import Group
 from vml_ldm.images import from_pil, load_image
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
@@ -235,7 +236,8 @@ def rows_in(folder: Path, part: str = "") -> RowFile[BenchmarkRow]:
 def test_files_and_table(finished: tuple[Path, str]) -> None:
     folder, table = finished
     sheets = {"sheet-phase.png", "sheet-sr4.png", "gallery.png"}
-    expected = {"rows.csv", "results", "table.md", "tasks", "quality-seconds.png", "quality-network_calls.png", *sheets}
+    plots = {"quality-seconds.png", "quality-network_calls.png"}
+    expected = {"rows.csv", "results", "table.md", "tasks", "residual-levels.png", *plots, *sheets}
     assert {path.name for path in (folder / "tasks").iterdir()} == {"phase.md", "phase.png", "sr4.md", "sr4.png"}
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "table.md").read_text(encoding="utf-8").strip() == table
@@ -255,6 +257,8 @@ def test_rows_are_the_metrics_of_the_results(finished, pipe, plan: Plan) -> None
             solved = isinstance(method, Solver)
             assert (found.denoise > 0) == (found.decode + found.draft > 0) == solved
             assert 0 < found.outside < 1 if solved else found.outside == 1
+            assert (found.levels is not None) == solved
+            assert found.edge_error is None  # no mask here
             if method is CEILING:
                 assert found.ratio == pytest.approx(1, abs=0.1)
 
@@ -316,6 +320,28 @@ def test_an_interrupted_run_leaves_a_table_and_goes_on(finished, pipe, plan: Pla
     assert calls[6] == calls[7] and len(calls) == 19
     first, again = (rows_in(path).by_key for path in (finished[0], folder))
     assert {key: row.psnr for key, row in first.items()} == {key: row.psnr for key, row in again.items()}
+
+
+def test_under_a_mask_the_error_at_its_border_is_measured_and_told(pipe, plan: Plan, tmp_path: Path) -> None:
+    masked = dataclasses.replace(plan, methods=(START, CEILING), tasks=("box", "sr4"))
+    table = run(masked, pipe, rows_in(tmp_path)).splitlines()
+    benchmark = Benchmark(masked, pipe, rows_in(tmp_path))
+    known = make_operator("box", benchmark.size, [0]).mask
+    for case in benchmark.cases:
+        (row,) = benchmark.rows_of(START, Place("box", 0.05), [case])
+        result = from_pil(load_image(benchmark.result_file(START, Place("box", 0.05), case)))
+        assert row.edge_error == pytest.approx(metrics.edge_error(result, case.truth[None], known).item(), abs=4e-3)
+    place = table[2].split("|").index(next(cell for cell in table[2].split("|") if "edge error" in cell))
+    told = {line.split("|")[1].strip(): line.split("|")[place].strip() for line in table[4:8]}
+    assert float(told["box"]) > 0 and told["sr4"] == ""
+
+
+def test_levels_are_told_evenly_and_read_again() -> None:
+    trace = [{"alpha": 0.5, "sigma": (40 - i) / 2, "residual": [1.0, 1 / (i + 1)]} for i in range(40)]
+    levels = read_levels(tell_levels(trace, 1))
+    assert len(levels) == 25 and levels[0] == (40, 1) and levels[-1] == (1, 0.025)
+    assert all(a > b and residual > after for (a, residual), (b, after) in pairwise(levels))
+    assert read_levels(tell_levels(trace[:3], 0)) == [(40, 1), (39, 1), (38, 1)] and tell_levels([], 0) is None
 
 
 def test_lpips_is_a_column_where_every_row_has_it(pipe, plan: Plan, tmp_path: Path, monkeypatch) -> None:

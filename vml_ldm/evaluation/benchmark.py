@@ -26,9 +26,10 @@ from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver, at_steps
 from vml_ldm.evaluation.pictures import draw_pictures
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
-from vml_ldm.evaluation.rows import RowFile, key_of
+from vml_ldm.evaluation.rows import RowFile, key_of, tell_levels
 from vml_ldm.evaluation.table import Group
 from vml_ldm.evaluation.tuning import best_settings
+from vml_ldm.operators import Mask, Operator
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 SHORT = {"images": 2, "tasks": ("sr4", "random", "jpeg"), "noises": (0.05,)}
@@ -46,8 +47,8 @@ class BenchmarkRow:
     the step in pixels and the clamp, the VAE's round-trip error of the truth as the operator sees it (both in units of
     y), and seconds for one image (a batch's time over its size). What came later may be None: how often the networks
     ran, forward and backward ("draft" is the small decoder), MiB that the call held at the most beyond what was held
-    before it, for its whole batch, the share of the call's time that was spent outside the networks, and LPIPS (None
-    without its package and weights).
+    before it, for its whole batch, the share of the call's time that was spent outside the networks, LPIPS (None
+    without its package and weights), the error at the borders of a mask, and the residual by level (see `tell_levels`).
     """
 
     image: str
@@ -71,11 +72,18 @@ class BenchmarkRow:
     memory: float | None = None
     outside: float | None = None
     lpips: float | None = None
+    edge_error: float | None = None
+    levels: str | None = None
+
+    @property
+    def expected(self) -> float:
+        """``sqrt(sigma_y^2 + vae_error^2)``."""
+        return (self.sigma_y**2 + self.vae_error**2) ** 0.5
 
     @property
     def ratio(self) -> float:
-        """``residual / sqrt(sigma_y^2 + vae_error^2)``."""
-        return self.residual / max((self.sigma_y**2 + self.vae_error**2) ** 0.5, 1e-12)
+        """``residual / expected``."""
+        return self.residual / max(self.expected, 1e-12)
 
     @property
     def percent_outside(self) -> float | None:
@@ -101,8 +109,15 @@ def _total(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
+def _edge_errors(image: Tensor, truth: Tensor, operator: Operator) -> Sequence[float | None]:
+    """`metrics.edge_error` under a mask, None elsewhere."""
+    if not isinstance(operator, Mask):
+        return [None] * len(image)
+    return metrics.edge_error(image, truth, operator.mask).tolist()
+
+
 def over_seeds(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
-    """One row for each image, in the order of their first: the means over its rows, and the first one's seed."""
+    """One row for each image, in the order of their first: the means over its rows; seed and levels are the first's."""
     by_image: dict[str, list[BenchmarkRow]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
@@ -113,7 +128,7 @@ def _mean_row(rows: Sequence[BenchmarkRow]) -> BenchmarkRow:
     first, *others = rows
     if not others:
         return first
-    figures = [field.name for field in fields(first)[len(key_of(first)) :]]
+    figures = [field.name for field in fields(first)[len(key_of(first)) :] if field.name != "levels"]
     told = {name: [getattr(row, name) for row in rows] for name in figures}
     return replace(first, **{name: None if None in values else fmean(values) for name, values in told.items()})
 
@@ -267,6 +282,7 @@ class Benchmark(comparison.Comparison):
             answer.residual.tolist(),
             problem.vae_error.tolist(),
             self.lpips(image, truth).tolist() if self.lpips else [None] * len(cases),
+            _edge_errors(image, truth, problem.operator),
             strict=True,
         )
         return [
@@ -278,8 +294,10 @@ class Benchmark(comparison.Comparison):
                 memory=cost.memory,
                 outside=1 - answer.in_networks / cost.seconds,
                 lpips=lpips,
+                edge_error=edge_error,
+                levels=tell_levels(answer.trace, i),
             )
-            for case, (*values, lpips) in zip(cases, figures, strict=True)
+            for i, (case, (*values, lpips, edge_error)) in enumerate(zip(cases, figures, strict=True))
         ]
 
     def _answer(self, method: Solver | Naive, problem: Problem) -> Answer:

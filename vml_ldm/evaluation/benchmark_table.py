@@ -31,6 +31,7 @@ _COLUMNS = (
     Column("ssim", "SSIM ↑", 3),
     Column("perceptual", "EfficientNet-Lite0 distance ↓", 3),
     Column("lpips", "LPIPS ↓", 3),
+    Column("edge_error", "edge error ↓", 4),
     Column("residual", "residual", 4, paired=False),
     Column("ratio", "residual / expected", 2, paired=False),
     Column("seconds", "seconds", 2, paired=False),
@@ -43,8 +44,8 @@ _NOTES = (
     "Means over the images; whole images count. Seconds are for one image. For linear operators every "
     "solver but red-diff, which is as its authors have it, ends with one step in pixels (`vml_ldm.measuring.settle`).",
     "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
-    "held before it. Outside the networks: what is neither theirs nor the encoder's of a call's time. These, and LPIPS "
-    "(version 0.1, on AlexNet), only where every row has them.",
+    "held before it. Outside the networks: what is neither theirs nor the encoder's of a call's time. LPIPS: version "
+    "0.1, on AlexNet. Edge error: of jumps across a mask's border. What a line's rows do not all have is left empty.",
     "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
     "error of the truth as the operator sees it.",
     "start: the operator's pseudo-inverse, or what it begins from if it is not linear. smooth: the smoothest image "

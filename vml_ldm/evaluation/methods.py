@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -24,13 +24,14 @@ _AZULA = "azula-"  # methods of azula's, by its names
 
 
 class Answer(NamedTuple):
-    """Images (B, 3, H, W) in [0, 1] on the CPU; (B,) rms of y - A(image), before the clamp; network calls, and the
-    seconds that were spent in them."""
+    """Images (B, 3, H, W) in [0, 1] on the CPU; (B,) rms of y - A(image), before the clamp; network calls, the seconds
+    that were spent in them, and the solver's levels as a report's trace has them."""
 
     image: Tensor
     residual: Tensor
     calls: Mapping[str, int] = MappingProxyType({})
     in_networks: float = 0.0
+    trace: Sequence[Mapping] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Solver:
             **common | self.arguments(problem.task, problem.sigma_y),
         )
         residual = torch.tensor(out.report.residual)
-        return Answer(out.images.float().cpu(), residual, out.report.calls, out.report.in_networks)
+        report = out.report
+        return Answer(out.images.float().cpu(), residual, report.calls, report.in_networks, report.trace)
 
 
 @dataclass(frozen=True)

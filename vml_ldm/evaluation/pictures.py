@@ -4,6 +4,7 @@
     tasks/TASK.md, .png   a page with a strip: truth, what was measured, RED-diff and ours, of four images
     gallery.png           every task, an image each: what was measured, ours, the truth
     quality-*.png         PSNR against seconds, and against network calls where the rows have them
+    residual-levels.png   residual against the levels' noise, where the first method's rows have them
 
 Rows that came without their pictures (kept in a repository, say) make no sheet, strip or gallery.
 """

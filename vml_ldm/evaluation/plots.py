@@ -1,14 +1,46 @@
-"""Quality against what it costs, of the benchmark's rows."""
+"""Quality against what it costs, and the residual against the level, of the benchmark's rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from vml_ldm.evaluation.rows import read_levels
 from vml_ldm.evaluation.table import Group, difference, has_field, mean
 
 _COLUMNS = 4
 _COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
+
+
+def draw_levels(groups: Sequence[Group]):
+    """Residual against a level's noise, means over the images, a panel for each task: a matplotlib `Figure`.
+
+    The star is the answer's own, where corrections have followed the levels; dashed is what is expected of the truth
+    after the VAE's round trip.
+
+    Args:
+        groups: labels (task, sigma_y, number of images), in the table's order; every task's largest noise is drawn.
+    """
+    return _draw_panels(groups, _draw_curves)
+
+
+def _draw_curves(panel, group: Group, colors: dict[str, str]) -> None:
+    first = next(iter(group.rows.values()))
+    panel.axhline(mean(first, "expected"), color="0.5", linestyle="--", linewidth=1, zorder=0)
+    for method, rows in group.rows.items():
+        if any(row.levels is None for row in rows):
+            continue
+        levels = list(zip(*(read_levels(row.levels) for row in rows), strict=False))
+        noise = [level[0][0] for level in levels]
+        residual = [sum(value for _, value in level) / len(level) for level in levels]
+        panel.plot(noise, residual, color=colors[method], marker=".", label=method)
+        end = 0.7 * noise[-1], mean(rows, "residual")
+        panel.plot([noise[-1], end[0]], [residual[-1], end[1]], color=colors[method], linestyle=":")
+        panel.plot(*end, color=colors[method], marker="*", markersize=9)
+    task, sigma_y, _ = group.labels
+    panel.set(title=f"{task}, sigma_y = {sigma_y}", xlabel="sigma / alpha", ylabel="rms of y - A(image)")
+    panel.set(xscale="log", yscale="log")
+    panel.invert_xaxis()
 
 
 def draw_quality(groups: Sequence[Group], cost: str):
@@ -21,6 +53,11 @@ def draw_quality(groups: Sequence[Group], cost: str):
         groups: labels (task, sigma_y, number of images), in the table's order.
         cost: "seconds" or "network_calls".
     """
+    return _draw_panels(groups, lambda panel, group, colors: _draw_points(panel, group, cost, colors))
+
+
+def _draw_panels(groups: Sequence[Group], draw: Callable):
+    """A panel for each task, of its largest noise, with one legend for all."""
     from matplotlib.figure import Figure
 
     last = [list(of)[-1] for _, of in groupby(groups, key=lambda group: group.labels[0])]
@@ -30,7 +67,7 @@ def draw_quality(groups: Sequence[Group], cost: str):
     panels = list(figure.subplots(height, width, squeeze=False).flat)
     colors = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for group in last for m in group.rows))}
     for panel, group in zip(panels, last, strict=False):
-        _draw_panel(panel, group, cost, colors)
+        draw(panel, group, colors)
     for panel in panels[len(last) :]:
         panel.set_visible(False)
     legends = (panel.get_legend_handles_labels() for panel in panels)
@@ -39,7 +76,7 @@ def draw_quality(groups: Sequence[Group], cost: str):
     return figure
 
 
-def _draw_panel(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
+def _draw_points(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
     first = next(iter(group.rows))
     panel.axhline(mean(group.rows[first], "psnr"), color="0.8", zorder=0)
     for method, rows in group.rows.items():
@@ -56,6 +93,9 @@ def _draw_panel(panel, group: Group, cost: str, colors: dict[str, str]) -> None:
 
 
 def draw_all(groups: Sequence[Group]) -> dict[str, object]:
-    """Figures by the name of their file, of the costs that every row has; none for fewer than two images."""
+    """Figures by the name of their file: of the costs that every row has (none for fewer than two images), and of the
+    residual by level where the first method has told it."""
     enough = bool(groups) and all(len(rows) > 1 for group in groups for rows in group.rows.values())
-    return {f"quality-{cost}": draw_quality(groups, cost) for cost in _COSTS if enough and has_field(groups, cost)}
+    figures = {f"quality-{cost}": draw_quality(groups, cost) for cost in _COSTS if enough and has_field(groups, cost)}
+    told = [g for g in groups if all(row.levels is not None for row in next(iter(g.rows.values())))]
+    return figures | ({"residual-levels": draw_levels(told)} if told else {})

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, astuple, dataclass, fields
 from pathlib import Path
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
+_MOST_LEVELS = 25  # of a solver, that a row tells
 _READERS = {
     "str": str,
     "int": int,
     "float": float,
     "int | None": lambda cell: int(cell) if cell else None,
     "float | None": lambda cell: float(cell) if cell else None,
+    "str | None": lambda cell: cell or None,
 }
 
 
@@ -47,13 +49,30 @@ def key_of(row) -> tuple:
     return astuple(row)[: names.index("fingerprint") + 1]
 
 
+def tell_levels(trace: Sequence[Mapping], image: int) -> str | None:
+    """``noise:residual`` of an image at up to 25 of a solver's levels, evenly; the noise is ``sigma / alpha``.
+
+    Args:
+        trace: a dict for each level, as a `Report` has them; an empty one gives None.
+    """
+    last = len(trace) - 1
+    places = sorted({round(i * last / (_MOST_LEVELS - 1)) for i in range(_MOST_LEVELS)}) if trace else []
+    levels = (trace[place] for place in places)
+    return " ".join(f"{x['sigma'] / max(x['alpha'], 1e-6):.4g}:{x['residual'][image]:.4g}" for x in levels) or None
+
+
+def read_levels(text: str) -> list[tuple[float, float]]:
+    """(noise, residual) of each level that `tell_levels` told."""
+    return [(float(noise), float(residual)) for noise, residual in (pair.split(":") for pair in text.split())]
+
+
 class RowFile(Generic[R]):
     """``rows.csv`` in a folder that belongs to the comparison, and the files of its parts beside it.
 
     Args:
         folder: new, empty, or one that a comparison wrote.
-        kind: dataclass of the rows; its fields are annotated ``str``, ``int``, ``float``, ``int | None`` or
-            ``float | None``. Fields with a default came later: files without them are read, and get them when they
+        kind: dataclass of the rows; its fields are annotated ``str``, ``int``, ``float``, or one of
+            these ``| None``. Fields with a default came later: files without them are read, and get them when they
             are appended to.
         part: name of the part of the work that is done here, "" for all of it. A part appends to ``rows-PART.csv``;
             every ``rows*.csv`` is read.

@@ -58,12 +58,12 @@ def comparison_table(
 
 
 def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> list[str]:
-    """Groups as the lines of a Markdown table; of the columns those of which every row has a value.
+    """Groups as the lines of a Markdown table; of the columns those of which a line's every row has a value.
 
     Args:
         labels: headings of the groups' labels.
     """
-    shown = [column for column in columns if has_field(groups, column.field)]
+    shown = [c for c in columns if any(_has(rows, c.field) for group in groups for rows in group.rows.values())]
     head = [*labels, "method", *(column.heading for column in shown)]
     lines = []
     for group in groups:
@@ -99,7 +99,10 @@ def has_perceptual(groups: Sequence[Group]) -> bool:
 
 def has_field(groups: Sequence[Group], field: str) -> bool:
     """Whether every row has a value there."""
-    rows = (row for group in groups for rows in group.rows.values() for row in rows)
+    return all(_has(rows, field) for group in groups for rows in group.rows.values())
+
+
+def _has(rows: Sequence, field: str) -> bool:
     return all(getattr(row, field) is not None for row in rows)
 
 
@@ -108,9 +111,12 @@ def _values(rows: Sequence, field: str) -> Tensor:
 
 
 def _cell(rows: Sequence, base: Sequence | None, column: Column) -> str:
-    """A mean, and for paired values of enough images the difference to base with its interval."""
+    """A mean, and for paired values of enough images the difference to base with its interval; empty without values."""
+    if not _has(rows, column.field):
+        return ""
     digits, text = column.digits, f"{mean(rows, column.field):.{column.digits}f}"
-    change = difference(rows, base, column.field) if base is not None and column.paired else None
+    paired = column.paired and base is not None and _has(base, column.field)
+    change = difference(rows, base, column.field) if paired else None
     if change is None:
         return text
     return f"{text} ({change.mean:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}])"
