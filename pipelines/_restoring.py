@@ -17,7 +17,7 @@ from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
-from vml_ldm.presets import EXPLICIT, STARTS, Settings, count_sampled, pick_levels, settings
+from vml_ldm.presets import EXPLICIT, RESTORE_STARTS, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
@@ -146,7 +146,7 @@ def _choose(a: SimpleNamespace) -> Settings:
     check_one_of("output_type", a.output_type, OUTPUT_TYPES)
     if a.start is None and a.solver != "vml":
         a.start = "measurement" if a.solver == "red-diff" else "noise"
-    check_one_of("start", a.start, (*STARTS, None))
+    check_one_of("start", a.start, (*(RESTORE_STARTS if a.solver == "vml" else STARTS), None))
     if not isinstance(a.num_inference_steps, int) or a.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is {a.num_inference_steps!r}; expected a whole number >= 1.")
     a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt

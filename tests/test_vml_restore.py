@@ -28,7 +28,7 @@ from vml_ldm.operators import (
     PhaseRetrieval,
 )
 from vml_ldm.pipelines._common import to_y
-from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, count_sampled, pick_levels
+from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, RESTORE_STARTS, count_sampled, pick_levels
 from vml_ldm.red import red_diff_levels
 
 SIZE = 64
@@ -222,16 +222,31 @@ def test_the_levels_are_the_scheduler_s_own_and_end_above_the_least_noise():
         assert len(chosen) == 5 and chosen[-1] == min(value for value in noise if value >= LEAST_NOISE)
 
 
-def test_from_the_measurement_the_levels_begin_at_a_noise_of_one():
-    assert pick_levels([9.0, 4.0, 2.0, 1.0, 0.7, 0.5, 0.3, 0.2, 0.05], 3, "measurement") == [3, 5, 7]
-    assert pick_levels([9.0, 4.0, 0.05], 2, "measurement") == [1] and pick_levels([0.5], 3, "measurement") == [0]
+@pytest.mark.parametrize("start", MOST_NOISE)
+def test_from_the_measurement_the_levels_begin_at_a_noise_of_one_and_from_an_outline_of_three(start):
+    first = {"measurement": [3, 5, 7], "outline": [2, 5, 7]}[start]
+    assert pick_levels([9.0, 4.0, 2.0, 1.0, 0.7, 0.5, 0.3, 0.2, 0.05], 3, start) == first
+    assert pick_levels([9.0, 4.0, 0.05], 2, start) == [1] and pick_levels([0.5], 3, start) == [0]
     scheduler = tiny.components()["scheduler"]
     for steps, count in ((4, 4), (50, 4), (50, 7)):
-        scheduler.set_timesteps(count_sampled(steps, count, "measurement"))
+        scheduler.set_timesteps(count_sampled(steps, count, start))
         noise = scheduler_levels(scheduler, scheduler.timesteps).noise
-        chosen = [noise[i] for i in pick_levels(noise, count, "measurement")]
-        assert len(chosen) == count and chosen[0] == max(value for value in noise if value <= MOST_NOISE)
+        chosen = [noise[i] for i in pick_levels(noise, count, start)]
+        assert len(chosen) == count and chosen[0] == max(value for value in noise if value <= MOST_NOISE[start])
         assert chosen[-1] == min(value for value in noise if value >= LEAST_NOISE)
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_from_an_outline_there_are_more_levels_of_fewer_steps_at_the_same_cost(pipe, preset):
+    y = Grayscale()(pictures())
+    reports = {}
+    for start in ("measurement", "outline"):
+        given = {"y": y, "start": start, "preset": preset, "inner_steps": None, "num_inference_steps": 50}
+        reports[start] = call(pipe, Grayscale(), **given, return_report=True).report
+    few, many = (reports[start].levels for start in ("measurement", "outline"))
+    assert many >= 2 * few and 2 * reports["outline"].inner_steps < reports["measurement"].inner_steps
+    spent = [reports[start].calls["denoise"] for start in ("measurement", "outline")]
+    assert spent[1] == pytest.approx(spent[0], rel=0.15)
 
 
 HALF = torch.ones(1, 1, *SHAPE)
@@ -245,6 +260,7 @@ STARTS = {
     ),
     "bare": (squared, "measurement"),
     "hole": (Mask(HALF), "noise"),
+    "hole in grey": (Grayscale() @ Mask(HALF), "noise"),
     "hole behind a blur": (Mask(HALF) @ GaussianBlur(1.0), "noise"),
     "burnt out": (HDR(2.0), "noise"),
 }
@@ -257,9 +273,9 @@ def test_it_starts_from_the_measurement_unless_a_latent_or_a_colour_is_not_seen(
     image = pictures()
     image[..., 40:, 40:] = 1
     problem = {"y": operator(image), "output_type": "pt"}
-    images = [call(pipe, operator, start=s, **problem).images for s in (None, "noise", "measurement")]
-    assert torch.equal(images[0], images[1]) == (start == "noise")
-    assert torch.equal(images[0], images[2]) == (start == "measurement")
+    by_default = call(pipe, operator, **problem).images
+    for other in RESTORE_STARTS:
+        assert torch.equal(by_default, call(pipe, operator, start=other, **problem).images) == (other == start)
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -102,7 +102,7 @@ def measure_known(
 
 
 def pick_start(observed: Measurement, size: tuple[int, int], cell: int) -> str:
-    """Where VML starts, one of `vml_ldm.presets.STARTS`: from the measurement if all of it is seen, else from noise.
+    """Where VML starts, "measurement" if all of the image is seen, else "noise".
 
     A guess tells nothing of what is inside a hole or of colours that were lost, and is hard to leave once the solver
     has begun there: what was measured in grey stays grey.
@@ -111,7 +111,7 @@ def pick_start(observed: Measurement, size: tuple[int, int], cell: int) -> str:
         size: (height, width) of the image in pixels.
         cell: side in pixels of what one latent draws; where y tells nothing of a whole one, there is a hole.
     """
-    return "noise" if observed.unseen(size, cell).any() else "measurement"
+    return "measurement" if (observed.seen(size, cell) == 3).all() else "noise"
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:

@@ -202,6 +202,7 @@ BUDGETS = (  # by denoiser evaluations, 25 to 100; "vml" itself has 50
 )
 VARIANTS = (  # run where they are named
     *BUDGETS,
+    Solver("vml-outline", _pass(jacobian="exact", start="outline")),
     Solver("vml-full-decoder", _pass(jacobian="exact", use_gradient_vae=False)),
     Solver("vml-small-decoder", _pass(jacobian="exact", use_gradient_vae=THROUGHOUT)),
     Solver("vml-small-decoder-free", _pass(jacobian="free", use_gradient_vae=THROUGHOUT)),

@@ -14,7 +14,7 @@ from ..damage import Damage
 from ..guidance import REACH
 from ..measuring import Measured, measure_known
 from ..optimize import JACOBIANS
-from ..presets import PRESETS, STARTS, settings
+from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
 from ..solve import Metered
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
 from .operators import CATEGORY as OPERATORS
@@ -38,7 +38,10 @@ _PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
 )
 _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), ddim_uniform for all others."
 _START = "noise, or measurement: from the picture at hand, noised."
-_STARTS = "auto: measurement where the picture tells of every part and colour of the result, else noise."
+_STARTS = (
+    "outline: with more noise, which leaves colours open. auto: measurement where the picture tells of every part and "
+    "colour of the result, else noise."
+)
 _SIGMAS = (
     "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
     "from the measurement."
@@ -134,7 +137,7 @@ class VMLRestore(_SolvingNode):
     name = "VML Restore"
     about = "Finds a picture that the operator turns into the one at hand."
     result = "Of the input's size, times the operator's factor."
-    starts, start_tip, cfg = ("auto", *STARTS), f"{_START} {_STARTS}", 1.0
+    starts, start_tip, cfg = ("auto", *RESTORE_STARTS), f"{_START} {_STARTS}", 1.0
 
     @classmethod
     def inputs(cls) -> list:

@@ -28,7 +28,7 @@ class Task:
         batch, size: how many images, and their (height, width) in pixels.
         sigma_y: as the user named it.
         chosen, preset: the budget's settings, and their name.
-        start: one of `STARTS`; None takes the state that ComfyUI gives.
+        start: one of `RESTORE_STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
         correct_steps: corrections of the last estimate (`vml_ldm.optimize.correct`).
     """
@@ -101,7 +101,7 @@ class Networks:
         SIGMAS are the levels, and share the budget.
 
         Args:
-            start: one of `STARTS`.
+            start: one of `RESTORE_STARTS`.
             picks: the levels are picked among those of `steps` (`vml_ldm.presets.pick_levels`).
 
         Raises:

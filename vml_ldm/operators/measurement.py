@@ -164,28 +164,27 @@ class Measurement:
             b = self.operator.adjoint(self.residual(image)) - weight * roughness_gradient(rough)
             return image + solve_smooth(self.operator, b, weight, tolerance)
 
-    def unseen(self, size: tuple[int, int], cell: int) -> Tensor:
-        """(B,): the share of the cells of an image of which y may tell nothing, or not all colours, in [0, 1].
+    def seen(self, size: tuple[int, int], cell: int) -> Tensor:
+        """(B, height / cell, width / cell): of how many colours, 0 to 3, of each cell of an image y tells something.
 
-        To first order: a cell is seen if the gradients of the residual in it, for three random cotangents, are not zero
-        and span the three colours; unless the operator is linear, in a dark, a grey and a bright picture, for what
-        clips light does not see all. One backward pass through the operator each. What y is plays no part, so that the
-        images of a batch are judged as they are alone.
+        To first order: as many as the gradients of the residual in the cell span, for three random cotangents; unless
+        the operator is linear, in a dark, a grey and a bright picture, for what clips light does not see all, and the
+        least counts. One backward pass through the operator each. What y is plays no part, so that the images of a
+        batch are judged as they are alone.
 
         Args:
             size: (height, width) in pixels.
             cell: side of a cell in pixels, a divisor of both.
         """
         tones = _TONES[:1] if is_linear(self.operator) else _TONES
-        seen = [self._sees(self._plain(size, tone), cell) for tone in tones]
-        return 1 - torch.stack(seen).all(0).float().mean(dim=(1, 2))
+        return torch.stack([self._sees(self._plain(size, tone), cell) for tone in tones]).amin(0)
 
     def _plain(self, size: tuple[int, int], tone: float) -> Tensor:
         """(B, 3, height, width): images of one grey, as many as there are in y."""
         return torch.full((len(self.y), 3, *size), tone, dtype=self.y.real.dtype, device=self.y.device)
 
     def _sees(self, image: Tensor, cell: int) -> Tensor:
-        """(B, H / cell, W / cell): whether all colours of each cell move y, beyond rounding."""
+        """(B, H / cell, W / cell): how many colours of each cell move y, beyond rounding."""
         with torch.enable_grad(), uncast(image):
             source = image.detach().requires_grad_()
             residual, generator = self.residual(source), torch.Generator().manual_seed(0)
@@ -196,8 +195,8 @@ class Measurement:
         grams = F.avg_pool2d(pairs, cell).unflatten(1, (3, 3)).movedim((1, 2), (3, 4))
         power = torch.linalg.eigvalsh(grams)  # rising, of three colours
         eps = torch.finfo(image.dtype).eps
-        least = eps * power[..., -1] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)[..., 0]
-        return (power[..., 0] > least).to(image.device)
+        least = eps * power[..., -1:] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)
+        return (power > least).sum(-1).to(image.device)
 
     def _begin(self, grey: Tensor, steps: int) -> Tensor:
         """The operator's start; if there is none, least squares from grey."""
