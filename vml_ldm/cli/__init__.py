@@ -233,7 +233,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         metavar="N",
-        help="try each image so often, with other seeds, and take its means (default: %(default)s)",
+        help="how often each image is tried, with another seed each time; its means count (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")

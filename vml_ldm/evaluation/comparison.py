@@ -173,20 +173,20 @@ class Comparison(ABC):
 
     def measure_all(self) -> None:
         """Run every job on every image that has no row yet."""
-        jobs, tell = self.jobs(), attrgetter("name", "seed")
-        missing = {tell(case): [job for job in jobs if not self.is_done(job[1], job[0], case)] for case in self.cases}
+        jobs, trial = self.jobs(), attrgetter("name", "seed")
+        missing = {trial(case): [job for job in jobs if not self.is_done(job[1], job[0], case)] for case in self.cases}
         total = sum(map(len, missing.values()))
         if done := len(jobs) * len(self.cases) - total:
             print(f"{done} of {done + total} results stand in {self.rows.folder} already and are not run again.")
         self.rows.start()
         if total:
             self.warm_up()
-        waiting = [case for case in self.cases if missing[tell(case)]]
+        waiting = [case for case in self.cases if missing[trial(case)]]
         with tqdm(total=total, unit="image", disable=not total) as bar:
             for batch in _chunks(waiting, self.plan.batch):
                 for place, method in jobs:
                     bar.set_description(f"{place}, {method.name}")
-                    if cases := [case for case in batch if (place, method) in missing[tell(case)]]:
+                    if cases := [case for case in batch if (place, method) in missing[trial(case)]]:
                         self.rows.append(self.measure(method, place, cases))
                         bar.update(len(cases))
 
