@@ -636,30 +636,33 @@ def test_a_guess_is_the_start_where_there_is_one_and_never_worse_than_grey():
         seen_through(Unwilling(0.5), x).guess(SIZE)
 
 
-def test_a_cell_is_unseen_where_y_tells_nothing_of_any_of_it_or_not_its_colours():
+def test_of_each_cell_as_many_colours_are_seen_as_y_tells_something_of():
     x = images()
     hole, speck = torch.ones(1, 1, *SIZE), torch.ones(1, 1, *SIZE)
     hole[..., :8, :8], speck[..., 1:8, :8] = 0, 0
-    share = 8 * 8 / (SIZE[0] * SIZE[1])
+    everywhere = torch.ones(len(x), SIZE[0] // 8, SIZE[1] // 8, dtype=torch.long)
+    around = everywhere.clone()
+    around[:, 0, 0] = 0
     for operator, expected in [
-        (Mask(hole), share), (Mask(speck), 0), (GaussianBlur(1.0) @ Mask(hole), share), (Downsample(4), 0),
-        (Grayscale(), 1), (Grayscale() @ Downsample(4), 1), (JPEG(20), 0), (FourierLines(SIZE, 0.5), 0),
-        (PhaseRetrieval(), 0),
+        (Mask(hole), 3 * around), (Mask(speck), 3 * everywhere), (GaussianBlur(1.0) @ Mask(hole), 3 * around),
+        (Downsample(4), 3 * everywhere), (Grayscale(), everywhere), (Grayscale() @ Downsample(4), everywhere),
+        (Grayscale() @ Mask(hole), around), (JPEG(20), 3 * everywhere), (FourierLines(SIZE, 0.5), 3 * everywhere),
+        (PhaseRetrieval(), 3 * everywhere),
     ]:  # fmt: skip
-        unseen = seen_through(operator, x).unseen(SIZE, 8)
-        assert unseen.shape == (len(x),) and torch.allclose(unseen, torch.full_like(unseen, expected)), operator
+        for pixels in (x, x.float()):
+            assert torch.equal(seen_through(operator, pixels).seen(SIZE, 8), expected), operator
 
 
 def test_what_clips_light_does_not_see_all_and_a_batch_is_judged_as_its_images_are():
     x = images()
-    assert (seen_through(HDR(2.0), x).unseen(SIZE, 8) == 1).all() and (
-        seen_through(Gamma(2.2), x).unseen(SIZE, 8) == 0
+    assert (seen_through(HDR(2.0), x).seen(SIZE, 8) == 0).all() and (
+        seen_through(Gamma(2.2), x).seen(SIZE, 8) == 3
     ).all()
     holes = torch.ones(len(x), 1, *SIZE)
     holes[1:, :, :8, :8] = 0
-    together = seen_through(Mask(holes), x).unseen(SIZE, 8)
-    alone = [seen_through(Mask(holes[i : i + 1]), x[i : i + 1]).unseen(SIZE, 8) for i in range(len(x))]
-    assert torch.equal(together, torch.cat(alone)) and together[0] == 0 < together[1]
+    together = seen_through(Mask(holes), x).seen(SIZE, 8)
+    alone = [seen_through(Mask(holes[i : i + 1]), x[i : i + 1]).seen(SIZE, 8) for i in range(len(x))]
+    assert torch.equal(together, torch.cat(alone)) and (together[0] == 3).all() and together[1].min() == 0
 
 
 class Unwilling(HDR):

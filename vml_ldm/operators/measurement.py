@@ -184,7 +184,7 @@ class Measurement:
         return torch.full((len(self.y), 3, *size), tone, dtype=self.y.real.dtype, device=self.y.device)
 
     def _sees(self, image: Tensor, cell: int) -> Tensor:
-        """(B, H / cell, W / cell): how many colours of each cell move y, beyond rounding."""
+        """(B, H / cell, W / cell): how many colours of each cell move y, beyond float32's rounding."""
         with torch.enable_grad(), uncast(image):
             source = image.detach().requires_grad_()
             residual, generator = self.residual(source), torch.Generator().manual_seed(0)
@@ -194,7 +194,7 @@ class Measurement:
         pairs = torch.einsum("nbihw,nbjhw->bijhw", gradients, gradients).flatten(1, 2)
         grams = F.avg_pool2d(pairs, cell).unflatten(1, (3, 3)).movedim((1, 2), (3, 4))
         power = torch.linalg.eigvalsh(grams)  # rising, of three colours
-        eps = torch.finfo(image.dtype).eps
+        eps = max(torch.finfo(dtype).eps for dtype in (image.dtype, torch.float32))
         least = eps * power[..., -1:] + eps**2 * power.amax(dim=(1, 2, 3), keepdim=True)
         return (power > least).sum(-1).to(image.device)
 
