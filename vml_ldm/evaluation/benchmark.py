@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from vml_ldm.evaluation.methods import METHODS, Answer, Naive, Solver, at_steps
 from vml_ldm.evaluation.pictures import draw_pictures
 from vml_ldm.evaluation.problems import NOISES, TASKS, Problem, pose, turn_if_nearer
 from vml_ldm.evaluation.rows import RowFile, key_of, tell_levels
-from vml_ldm.evaluation.table import Group
+from vml_ldm.evaluation.table import Group, all_have, mean
 from vml_ldm.evaluation.tuning import best_settings
 from vml_ldm.operators import Mask, Operator
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
@@ -129,8 +128,7 @@ def _mean_row(rows: Sequence[BenchmarkRow]) -> BenchmarkRow:
     if not others:
         return first
     figures = [field.name for field in fields(first)[len(key_of(first)) :] if field.name != "levels"]
-    told = {name: [getattr(row, name) for row in rows] for name in figures}
-    return replace(first, **{name: None if None in values else fmean(values) for name, values in told.items()})
+    return replace(first, **{name: mean(rows, name) if all_have(rows, name) else None for name in figures})
 
 
 class Place(NamedTuple):

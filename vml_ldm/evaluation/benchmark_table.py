@@ -12,6 +12,7 @@ from vml_ldm.evaluation.table import (
     NO_PERCEPTUAL,
     Column,
     Group,
+    all_have,
     difference,
     draw_lines,
     draw_table,
@@ -82,7 +83,7 @@ def summary(groups: Sequence[Group]) -> str:
 def _figures(rows: Sequence[Pooled] | None) -> str:
     if not rows:
         return ""
-    told = all(row.perceptual is not None for row in rows)
+    told = all_have(rows, "perceptual")
     return f"{mean(rows, 'psnr'):.1f}" + (f", {mean(rows, 'perceptual'):.2f}" if told else "")
 
 
@@ -171,7 +172,7 @@ def _best(group: Group) -> str:
 def _stand(ours: Sequence, best: Sequence) -> list[str]:
     """Both paired differences with their intervals, and whether ours is level or ahead."""
     psnr = difference(ours, best, "psnr")
-    told = all(row.perceptual is not None for row in (*ours, *best))
+    told = all_have((*ours, *best), "perceptual")
     distance = difference(ours, best, "perceptual") if told else None
     is_level = psnr.low > -_LEAST_GAIN and (distance is None or distance.low <= 0)
     write = lambda d, digits: f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"  # noqa: E731
@@ -203,7 +204,7 @@ def _pool(method: str, groups: Sequence[Group], images: Sequence[str]) -> list[P
 def _over(found: Sequence[Sequence], image: str) -> Pooled:
     """An image's means over several lists of rows."""
     rows = [row for rows in found for row in rows if row.image == image]
-    told = all(row.perceptual is not None for row in rows)
+    told = all_have(rows, "perceptual")
     return Pooled(mean(rows, "psnr"), mean(rows, "perceptual") if told else None)
 
 

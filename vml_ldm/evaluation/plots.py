@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from vml_ldm.evaluation.rows import read_levels
-from vml_ldm.evaluation.table import Group, difference, has_field, mean
+from vml_ldm.evaluation.table import Group, all_have, difference, has_field, mean
 
 _COLUMNS = 4
 _COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
@@ -28,7 +28,7 @@ def _draw_curves(panel, group: Group, colors: dict[str, str]) -> None:
     first = next(iter(group.rows.values()))
     panel.axhline(mean(first, "expected"), color="0.5", linestyle="--", linewidth=1, zorder=0)
     for method, rows in group.rows.items():
-        if any(row.levels is None for row in rows):
+        if not all_have(rows, "levels"):
             continue
         levels = list(zip(*(read_levels(row.levels) for row in rows), strict=False))
         noise = [level[0][0] for level in levels]
@@ -97,5 +97,5 @@ def draw_all(groups: Sequence[Group]) -> dict[str, object]:
     residual by level where the first method has told it."""
     enough = bool(groups) and all(len(rows) > 1 for group in groups for rows in group.rows.values())
     figures = {f"quality-{cost}": draw_quality(groups, cost) for cost in _COSTS if enough and has_field(groups, cost)}
-    told = [g for g in groups if all(row.levels is not None for row in next(iter(g.rows.values())))]
+    told = [g for g in groups if all_have(next(iter(g.rows.values())), "levels")]
     return figures | ({"residual-levels": draw_levels(told)} if told else {})

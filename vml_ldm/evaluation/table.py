@@ -63,7 +63,7 @@ def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence
     Args:
         labels: headings of the groups' labels.
     """
-    shown = [c for c in columns if any(_has(rows, c.field) for group in groups for rows in group.rows.values())]
+    shown = [c for c in columns if any(all_have(rows, c.field) for group in groups for rows in group.rows.values())]
     head = [*labels, "method", *(column.heading for column in shown)]
     lines = []
     for group in groups:
@@ -99,10 +99,11 @@ def has_perceptual(groups: Sequence[Group]) -> bool:
 
 def has_field(groups: Sequence[Group], field: str) -> bool:
     """Whether every row has a value there."""
-    return all(_has(rows, field) for group in groups for rows in group.rows.values())
+    return all(all_have(rows, field) for group in groups for rows in group.rows.values())
 
 
-def _has(rows: Sequence, field: str) -> bool:
+def all_have(rows: Sequence, field: str) -> bool:
+    """Whether every one of these rows has a value there."""
     return all(getattr(row, field) is not None for row in rows)
 
 
@@ -112,10 +113,10 @@ def _values(rows: Sequence, field: str) -> Tensor:
 
 def _cell(rows: Sequence, base: Sequence | None, column: Column) -> str:
     """A mean, and for paired values of enough images the difference to base with its interval; empty without values."""
-    if not _has(rows, column.field):
+    if not all_have(rows, column.field):
         return ""
     digits, text = column.digits, f"{mean(rows, column.field):.{column.digits}f}"
-    paired = column.paired and base is not None and _has(base, column.field)
+    paired = column.paired and base is not None and all_have(base, column.field)
     change = difference(rows, base, column.field) if paired else None
     if change is None:
         return text
