@@ -253,7 +253,7 @@ HALF = torch.ones(1, 1, *SHAPE)
 HALF[..., 40:] = 0
 STARTS = {
     "blur": (GaussianBlur(2.0), "measurement"),
-    "grey": (Grayscale(), "noise"),
+    "grey": (Grayscale(), "outline"),
     "scattered": (
         Mask((torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(0)) > 0.5).float()),
         "measurement",

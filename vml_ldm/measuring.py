@@ -102,16 +102,20 @@ def measure_known(
 
 
 def pick_start(observed: Measurement, size: tuple[int, int], cell: int) -> str:
-    """Where VML starts, "measurement" if all of the image is seen, else "noise".
+    """Where VML starts, one of `vml_ldm.presets.RESTORE_STARTS`.
 
-    A guess tells nothing of what is inside a hole or of colours that were lost, and is hard to leave once the solver
-    has begun there: what was measured in grey stays grey.
+    From the measurement if all of it is seen. A guess tells nothing of what is inside a hole, and is hard to leave once
+    the solver has begun there: then from noise. Where colours alone are lost, the guess is right in all but these: then
+    it is an outline, which is noised more.
 
     Args:
         size: (height, width) of the image in pixels.
         cell: side in pixels of what one latent draws; where y tells nothing of a whole one, there is a hole.
     """
-    return "measurement" if (observed.seen(size, cell) == 3).all() else "noise"
+    colours = observed.seen(size, cell)
+    if not colours.all():
+        return "noise"
+    return "measurement" if (colours == 3).all() else "outline"
 
 
 def settle(image: Tensor, measurement: Measurement, noise_std: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), dd
 _START = "noise, or measurement: from the picture at hand, noised."
 _STARTS = (
     "outline: with more noise, which leaves colours open. auto: measurement where the picture tells of every part and "
-    "colour of the result, else noise."
+    "colour of the result, outline where only of every part, else noise."
 )
 _SIGMAS = (
     "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
