@@ -694,6 +694,10 @@ def export(models: dict, folder: Path) -> None:
     for name in ("unet", "vae", "gradient_vae"):
         module = copy.deepcopy(models[name]).half()
         module.save_pretrained(folder / name)
+    path = folder / "gradient_vae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["block_out_channels"]  # which its class writes, does not take, and warns of
+    path.write_text(json.dumps(config, indent=2) + "\n")
     models["text_encoder"].save_pretrained(folder / "text_encoder")
     models["tokenizer"].save_pretrained(folder / "tokenizer")
     new_scheduler().save_pretrained(folder / "scheduler")

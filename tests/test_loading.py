@@ -1,6 +1,7 @@
 """How diffusers finds the pipelines: as a file of one's own, and by name after `register`."""
 
 import inspect
+import logging
 import shutil
 
 import diffusers
@@ -135,6 +136,16 @@ def test_every_route_to_the_bundled_checkpoint_gives_one_image(unregistered, tmp
     assert all(np.array_equal(first, other) for other in others)
     pipes[0].gradient_vae = None
     assert not np.array_equal(solve(pipes[0]), first)
+
+
+def test_the_bundled_checkpoint_loads_without_a_warning(caplog):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        VMLInpaintPipeline.from_pretrained(bundled_model(), safety_checker=None)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_every_family_is_registered(unregistered):
