@@ -202,6 +202,7 @@ BUDGETS = (  # by denoiser evaluations, 25 to 100; "vml" itself has 50
 )
 VARIANTS = (  # run where they are named
     *BUDGETS,
+    Solver("vml-noise", _pass(jacobian="exact", start="noise")),
     Solver("vml-outline", _pass(jacobian="exact", start="outline")),
     Solver("vml-full-decoder", _pass(jacobian="exact", use_gradient_vae=False)),
     Solver("vml-small-decoder", _pass(jacobian="exact", use_gradient_vae=THROUGHOUT)),
