@@ -460,6 +460,7 @@ def test_bad_arguments_are_refused_before_any_work(folder, out, restorer, argume
         (["in", "--mask", "m.png"], "--mask came with --task sr4, which does not take it"),
         (["in", "--task", "inpaint"], "--task inpaint came without --mask; expected a mask's file, or a folder"),
         (["in", "--task", "inpaint", "--mask", "no.png"], "with --mask no.png, which does not exist"),
+        (["in", "--task", "inpaint", "--mask", "in", "--start", "noise"], "--start came with --task inpaint"),
         (["in", "--task", "inpaint", "--mask", "in", "--quality", "5"], "--quality came with --task inpaint"),
         (["in", "--quality", "5"], "--quality came with --task sr4; expected only --mode"),
         (["in", "--task", "sr4+jpeg"], "--task sr4+jpeg came without --quality; expected that of all images"),

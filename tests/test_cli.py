@@ -26,6 +26,7 @@ from vml_ldm.cli import files, main
 from vml_ldm.families import FAMILIES
 from vml_ldm.images import load_image
 from vml_ldm.pipelines._registering import PIPELINES
+from vml_ldm.presets import RESTORE_STARTS
 
 QUICK = ("--steps", "4", "--preset", "fast")
 
@@ -265,6 +266,17 @@ def test_restoring_a_simulation_s_measurement_is_the_simulation(photo, model, tm
     assert (pixels(again) == pixels(out)).all()
     said = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert said == ["size", "residual", "expected", "solver", "networks", "seconds", "wrote"]
+
+
+def test_a_grey_picture_starts_where_it_is_told_to(photo, model, tmp_path) -> None:
+    found = {}
+    for start in (None, *cli.STARTS):
+        out, asked = tmp_path / f"{start}.png", [] if start is None else ["--start", start]
+        command = ["restore", photo(64, 64), "-o", str(out), "--model", model, "--steps", "20", "--simulate"]
+        assert main([*command, "--task", "colorize", *asked]) == 0
+        found[start] = out.read_bytes()
+    assert found[None] == found["outline"] and len(set(found.values())) == len(cli.STARTS)
+    assert cli.STARTS == RESTORE_STARTS
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ OVERSIZE = {
 }
 PRESETS = ("fast", "balanced", "best")
 SOLVERS = ("vml", "red-diff")
+STARTS = ("noise", "measurement", "outline")
 TASKS = {
     "sr4": "a picture a quarter as wide and high",
     "sr8": "an eighth as wide and high",
@@ -144,6 +145,11 @@ def _add_damage(parser: argparse.ArgumentParser) -> None:
         "--noise", type=_not_negative, default=0.0, metavar="STD", help="of the measurement, in [0, 1] (default: 0)"
     )
     parser.add_argument("--solver", choices=SOLVERS, help="default: the pipeline's (vml)")
+    parser.add_argument(
+        "--start",
+        choices=STARTS,
+        help="noise paints a grey picture more vividly (default: by what the picture tells of the result)",
+    )
     parser.set_defaults(oversize="refuse")
     large = parser.add_mutually_exclusive_group()
     for name, what in OVERSIZE.items():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 INPAINT = "inpaint"
-_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver")
+_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver", "start")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -141,6 +141,7 @@ def asked(options: argparse.Namespace) -> dict:
         "guidance_scale": options.guidance,
         "preset": options.preset,
         "solver": getattr(options, "solver", None),
+        "start": getattr(options, "start", None),
         "memory": options.memory,
     }
     return {name: value for name, value in every.items() if value is not None}
