@@ -99,7 +99,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 noisiest of at most 1. VML alone: "outline", the same noised to one of at most 3, with more levels of
                 fewer inner steps. None: "measurement"; for VML "noise" where the operator may see nothing of some
                 latent of an image of the batch (a hole, clipped light), and "outline" where of some not all its
-                colours (a grey picture), see `Measurement.seen`.
+                colours (a grey picture, which "noise" would paint more vividly), see `Measurement.seen`.
             preset: "fast", "balanced" or "best": half, one and two times the budget.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
