@@ -97,6 +97,8 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("latent-daps", "deblur", 0.01): (("lr", 0.1), ("steps", 10)),
     ("latent-daps", "box", 0.01): (("lr", 0.3), ("steps", 5)),
     ("latent-daps", "random", 0.01): (("lr", 0.1), ("steps", 10)),
+    ("latent-daps", "half", 0.01): (("lr", 0.3), ("steps", 5)),
+    ("latent-daps", "colorize", 0.01): (("lr", 0.03), ("steps", 5)),
     ("azula-dps", "sr4", 0.01): (("zeta", 3.0),),
     ("azula-dps", "deblur", 0.01): (("zeta", 3.0),),
     ("azula-dps", "box", 0.01): (("zeta", 0.3),),
