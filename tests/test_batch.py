@@ -468,6 +468,10 @@ def test_bad_arguments_are_refused_before_any_work(folder, out, restorer, argume
             ["in", "--task", "inpaint", "--mask", "in", "--crop"],
             "--crop came with --task inpaint, which solves any size",
         ),
+        (
+            ["in", "--solver", "red-diff", "--start", "outline"],
+            "--start outline came with --solver red-diff; expected --start noise or measurement",
+        ),
         (["in", "--memory", "much"], "memory is 'much'; expected 'auto', 'fast', 'low', or bytes"),
         (["in", "--model", "none"], "none is no folder; expected a Stable Diffusion checkpoint"),
     ],

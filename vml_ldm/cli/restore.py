@@ -65,10 +65,12 @@ def given_parameters(options: argparse.Namespace) -> dict:
 
 
 def restoration(options: argparse.Namespace) -> Restore:
-    """The task with its noise and parameters, those that were given."""
+    """The task with its noise and parameters, those that were given; refuses what no picture could be solved with."""
     from vml_ldm.damage import parameters
     from vml_ldm.posing import Restore
 
+    if (options.solver, options.start) == ("red-diff", "outline"):
+        raise UsageError("--start outline came with --solver red-diff; expected --start noise or measurement.")
     given, known = given_parameters(options), parameters(options.task)
     if foreign := [name for name in given if name not in known]:
         raise UsageError(f"{flag(foreign[0])} came with --task {options.task}; expected {_named(known)}.")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from tqdm import tqdm
+
 from vml_ldm.evaluation.methods import Naive, Solver, at_steps
 
 COSTS = ("seconds", "calls")
@@ -52,13 +54,14 @@ def equalise(
     """
     first, *others = (method for method in methods if isinstance(method, Solver))
     known = _read(folder, cost)
+    waiting = [(task, m) for task in tasks for m in others if task in m.tasks and task not in known.get(m.name, {})]
+    target = cache(lambda task: spend(first, task, None))
     probe = cache(lambda method, task: [spend(method, task, n) for n in PROBES])
-    for task in tasks:
-        waiting = [m for m in others if task in m.tasks and task not in known.get(m.name, {})]
-        target = spend(first, task, None) if waiting else 0.0
-        for method in waiting:
+    with tqdm(waiting, unit="budget", disable=not waiting) as bar:
+        for task, method in bar:
+            bar.set_description(f"equal {cost}: {task}, {method.name}")
             probed = next(t for t in tasks if t in method.tasks) if alike else task
-            known.setdefault(method.name, {})[task] = _steps(target, probe(method, probed))
+            known.setdefault(method.name, {})[task] = _steps(target(task), probe(method, probed))
             _write(folder, cost, known)
     return tuple(at_steps(m, known[m.name].__getitem__) if m in others else m for m in methods)
 
