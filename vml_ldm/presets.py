@@ -33,7 +33,7 @@ class Settings:
             counts as an evaluation. None: a restoration's take a third of the budget, and a sixth where it starts from
             noise, for what a hole takes is levels.
         start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration. Unless it is the measurement,
-            a level has half of its evaluations (K fixed by name aside): what y leaves open, colours or what is in a
+            a level has half of its inner steps, K fixed by name aside: what y leaves open, colours or what is in a
             hole, comes in over more levels.
         use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
             None: all but the last where there is one.
@@ -86,7 +86,7 @@ class Settings:
     def _affordable(self, levels: int, num_inference_steps: float) -> int:
         """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
         shares = levels + (not self._corrects)  # the last level has two where nothing corrects it
-        most = self.inner_steps if self.start in (None, "measurement") else max(1, (self.inner_steps - 1) // 2)
+        most = self.inner_steps if self.start in (None, "measurement") else max(1, self.inner_steps // 2)
         return min(most, max(1, (self._evaluations(num_inference_steps) - levels) // shares))
 
 
