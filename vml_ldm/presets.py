@@ -32,9 +32,8 @@ class Settings:
         correct_steps: corrections of the last estimate by the decoder (`vml_ldm.optimize.correct`), each of which
             counts as an evaluation. None: a restoration's take a third of the budget, and a sixth where it starts from
             noise, for what a hole takes is levels.
-        start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration. Unless it is the measurement,
-            a level has half of its inner steps, K fixed by name aside: what y leaves open, colours or what is in a
-            hole, comes in over more levels.
+        start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration. From an outline a level has
+            half of its evaluations, unless K is fixed: what y leaves open, all the colours, comes in over more levels.
         use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
             None: all but the last where there is one.
     """
@@ -86,7 +85,7 @@ class Settings:
     def _affordable(self, levels: int, num_inference_steps: float) -> int:
         """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
         shares = levels + (not self._corrects)  # the last level has two where nothing corrects it
-        most = self.inner_steps if self.start in (None, "measurement") else max(1, self.inner_steps // 2)
+        most = max(1, (self.inner_steps - 1) // 2) if self.start == "outline" else self.inner_steps
         return min(most, max(1, (self._evaluations(num_inference_steps) - levels) // shares))
 
 
