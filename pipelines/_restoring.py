@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels
-from vml_ldm.measuring import NEAR, Measured, check_std, measure, pick_start, settle, settling, tell
+from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
@@ -41,7 +41,10 @@ class RestoringMixin:
         started = time.perf_counter()
         self._check(a, (self.vae.config.latent_channels,))
         observed, noise_std = self._observe(a)
-        a.start = a.start or pick_start(observed, (a.height, a.width), self.vae_scale_factor)
+        if a.solver == "vml":
+            colours = observed.seen((a.height, a.width), self.vae_scale_factor)
+            a.start = a.start or pick_start(colours)
+            chosen = replace(chosen, start=a.start, mostly_open=leaves_most_open(colours))
         levels, chosen = self._levels(a, chosen)
         guess = observed.guess((a.height, a.width), noise=noise_std, tolerance=NEAR)
         tensors = self._embed(a)
@@ -86,7 +89,6 @@ class RestoringMixin:
     def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, Settings]:
         """The levels, and the settings with the inner steps at each."""
         steps = a.num_inference_steps
-        chosen = replace(chosen, start=a.start if a.solver == "vml" else None)
         count, inner_steps = chosen.split(steps)
         explicit = is_explicit(a)
         picks = a.solver == "vml" and inner_steps > 0 and not explicit

@@ -96,11 +96,12 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 returns a `vml_ldm.Solution` (`vml_ldm.solve.conclude` makes one). Callbacks and progress are its own.
             start: "noise", or "measurement": an image that agrees with y (`Measurement.guess`: the operator's own
                 ``start``, or least squares in pixels), encoded, and for VML noised to the first level, which is the
-                noisiest of at most 1. VML alone: "outline", the same noised to one of at most 3, with more levels of
-                fewer inner steps. None: "measurement"; for VML "noise" where the operator may see nothing of some
-                latent of an image of the batch (a hole, clipped light), and "outline" where of some not all its
-                colours (a grey picture, which "noise" would paint more vividly), see `Measurement.seen`.
-            preset: "fast", "balanced" or "best": half, one and two times the budget.
+                noisiest of at most 1. VML alone: "outline", the same noised to one of at most 3. None: "measurement";
+                for VML "noise" where the operator may see nothing of some latent of an image of the batch (a hole,
+                clipped light), and "outline" where of some not all its colours (a grey picture, which "noise" would
+                paint more vividly), see `Measurement.seen`.
+            preset: "fast", "balanced" or "best": half, one and two times the budget. Where y leaves half or more of a
+                picture or of its colours open, VML takes more levels of half as many inner steps.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
                 (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth

@@ -28,7 +28,7 @@ from vml_ldm.operators import (
     PhaseRetrieval,
 )
 from vml_ldm.pipelines._common import to_y
-from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, RESTORE_STARTS, count_sampled, pick_levels
+from vml_ldm.presets import LEAST_NOISE, MOST_NOISE, PRESETS, RESTORE_STARTS, count_sampled, pick_levels
 from vml_ldm.red import red_diff_levels
 
 SIZE = 64
@@ -236,21 +236,26 @@ def test_from_the_measurement_the_levels_begin_at_a_noise_of_one_and_from_an_out
         assert chosen[-1] == min(value for value in noise if value >= LEAST_NOISE)
 
 
-@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
-def test_from_an_outline_there_are_more_levels_of_fewer_steps_at_the_same_cost(pipe, preset):
-    y = Grayscale()(pictures())
-    reports = {}
-    for start in ("measurement", "outline"):
-        given = {"y": y, "start": start, "preset": preset, "inner_steps": None, "num_inference_steps": 50}
-        reports[start] = call(pipe, Grayscale(), **given, return_report=True).report
-    few, many = (reports[start].levels for start in ("measurement", "outline"))
-    assert many >= 2 * few and 2 * reports["outline"].inner_steps < reports["measurement"].inner_steps
-    spent = [reports[start].calls["denoise"] for start in ("measurement", "outline")]
-    assert spent[1] == pytest.approx(spent[0], rel=0.15)
-
-
 HALF = torch.ones(1, 1, *SHAPE)
-HALF[..., 40:] = 0
+HALF[..., SIZE // 2 :] = 0
+BOX = torch.ones(1, 1, *SHAPE)
+BOX[..., 24:40, 24:40] = 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_leaves_most_of_a_picture_open_takes_more_levels_of_fewer_steps_at_the_same_cost(pipe, preset):
+    given = {"preset": preset, "inner_steps": None, "num_inference_steps": 50, "return_report": True}
+    few, *others = (
+        call(pipe, operator, y=operator(pictures()), **given).report
+        for operator in (Mask(BOX), Mask(HALF), Grayscale())
+    )
+    for many in others:
+        assert many.levels > few.levels and many.inner_steps == PRESETS[preset].inner_steps // 2
+    for report in (few, *others):
+        spent = report.calls["denoise"] + report.correct_steps
+        assert spent == pytest.approx(50 * PRESETS[preset].budget, rel=0.1)
+
+
 STARTS = {
     "blur": (GaussianBlur(2.0), "measurement"),
     "grey": (Grayscale(), "outline"),

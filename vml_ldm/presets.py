@@ -32,8 +32,9 @@ class Settings:
         correct_steps: corrections of the last estimate by the decoder (`vml_ldm.optimize.correct`), each of which
             counts as an evaluation. None: a restoration's take a third of the budget, and a sixth where it starts from
             noise, for what a hole takes is levels.
-        start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration. From an outline a level has
-            half of its evaluations, unless K is fixed: what y leaves open, all the colours, comes in over more levels.
+        start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration.
+        mostly_open: y leaves half or more of the picture open (`vml_ldm.measuring.leaves_most_open`): a level has half
+            of its inner steps, unless K is fixed, for what is open comes in over the levels.
         use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
             None: all but the last where there is one.
     """
@@ -47,6 +48,7 @@ class Settings:
     use_gradient_vae: bool | str | None = None
     correct_steps: int | None = None
     start: str | None = None
+    mostly_open: bool = False
 
     def corrections(self, num_inference_steps: float) -> int:
         """How many steps correct the last estimate."""
@@ -85,7 +87,7 @@ class Settings:
     def _affordable(self, levels: int, num_inference_steps: float) -> int:
         """K that the budget pays for at so many levels, at least 1 and at most the preset's."""
         shares = levels + (not self._corrects)  # the last level has two where nothing corrects it
-        most = max(1, (self.inner_steps - 1) // 2) if self.start == "outline" else self.inner_steps
+        most = max(1, self.inner_steps // 2) if self.mostly_open else self.inner_steps
         return min(most, max(1, (self._evaluations(num_inference_steps) - levels) // shares))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
-from ..measuring import NEAR, pick_start
+from ..measuring import NEAR
 from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
 
 
@@ -108,9 +108,9 @@ class Seen:
         """(B, 3, height, width) in [0, 1]: a canvas that agrees with y up to its noise (B,), on y's device."""
         return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std, tolerance=NEAR)
 
-    def start(self, stride: int) -> str:
-        """Where VML starts, see `pick_start`."""
-        return pick_start(Measurement(self.operator, self.y, 1.0), self.canvas, stride)
+    def colours(self, stride: int) -> Tensor:
+        """(B, h, w): of how many colours y tells in each latent of the canvas, see `Measurement.seen`."""
+        return Measurement(self.operator, self.y, 1.0).seen(self.canvas, stride)
 
     def take_back(self, canvas: Tensor) -> Tensor:
         """The measured part of the solver's image."""

@@ -12,7 +12,7 @@ from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, check_vaes, ma
 from ..closeup import parts_near
 from ..damage import Damage
 from ..guidance import REACH
-from ..measuring import Measured, measure_known
+from ..measuring import Measured, leaves_most_open, measure_known, pick_start
 from ..optimize import JACOBIANS
 from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
 from ..solve import Metered
@@ -157,9 +157,11 @@ class VMLRestore(_SolvingNode):
         check_match(model, vae, gradient_vae)
         stride = vae.spacial_compression_decode()
         seen = Seen(image, operator, stride)
-        start = seen.start(stride) if start == "auto" else start
+        colours = seen.colours(stride)
+        start = pick_start(colours) if start == "auto" else start
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
-        noise, chosen = networks.plan(settings(preset, start=start), steps, start, picks=True)
+        chosen = settings(preset, start=start, mostly_open=leaves_most_open(colours))
+        noise, chosen = networks.plan(chosen, steps, start, picks=True)
         task = Task(
             posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True,
             correct_steps=chosen.corrections(steps),
