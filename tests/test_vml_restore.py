@@ -245,10 +245,11 @@ BOX[..., 24:40, 24:40] = 0
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_leaves_most_of_a_picture_open_takes_more_levels_of_fewer_steps_at_the_same_cost(pipe, preset):
     given = {"preset": preset, "inner_steps": None, "num_inference_steps": 50, "return_report": True}
-    few, *others = (
+    few, clipped, *others = (
         call(pipe, operator, y=operator(pictures()), **given).report
-        for operator in (Mask(BOX), Mask(HALF), Grayscale())
+        for operator in (Mask(BOX), HDR(2.0), Mask(HALF), Grayscale())
     )
+    assert clipped.levels == few.levels
     for many in others:
         assert many.levels > few.levels and many.inner_steps == PRESETS[preset].inner_steps // 2
     for report in (few, *others):

@@ -109,7 +109,7 @@ class Seen:
         return Measurement(self.operator, y, 1.0).guess(self.canvas, noise=noise_std, tolerance=NEAR)
 
     def colours(self, stride: int) -> Tensor:
-        """(B, h, w): of how many colours y tells in each latent of the canvas, see `Measurement.seen`."""
+        """(N, B, h, w): of how many colours y tells in each latent of the canvas, see `Measurement.seen`."""
         return Measurement(self.operator, self.y, 1.0).seen(self.canvas, stride)
 
     def take_back(self, canvas: Tensor) -> Tensor:

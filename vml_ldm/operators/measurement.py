@@ -165,19 +165,19 @@ class Measurement:
             return image + solve_smooth(self.operator, b, weight, tolerance)
 
     def seen(self, size: tuple[int, int], cell: int) -> Tensor:
-        """(B, height / cell, width / cell): of how many colours, 0 to 3, of each cell of an image y tells something.
+        """(N, B, height / cell, width / cell): of how many colours, 0 to 3, of each cell of an image y tells something.
 
-        To first order: as many as the gradients of the residual in the cell span, for three random cotangents; unless
-        the operator is linear, in a dark, a grey and a bright picture, for what clips light does not see all, and the
-        least counts. One backward pass through the operator each. What y is plays no part, so that the images of a
-        batch are judged as they are alone.
+        To first order: as many as the gradients of the residual in the cell span, for three random cotangents, of a
+        backward pass through the operator each. N is 1 for a linear operator; another is asked in a dark, a grey and a
+        bright picture, for what clips light does not see all. What y is plays no part, so that the images of a batch
+        are judged as they are alone.
 
         Args:
             size: (height, width) in pixels.
             cell: side of a cell in pixels, a divisor of both.
         """
         tones = _TONES[:1] if is_linear(self.operator) else _TONES
-        return torch.stack([self._sees(self._plain(size, tone), cell) for tone in tones]).amin(0)
+        return torch.stack([self._sees(self._plain(size, tone), cell) for tone in tones])
 
     def _plain(self, size: tuple[int, int], tone: float) -> Tensor:
         """(B, 3, height, width): images of one grey, as many as there are in y."""
