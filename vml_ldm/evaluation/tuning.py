@@ -93,6 +93,8 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("resample", "deblur", 0.01): (("every", 2), ("lr", 0.05)),
     ("resample", "box", 0.01): (("every", 5), ("lr", 0.02)),
     ("resample", "random", 0.01): (("every", 2), ("lr", 0.1)),
+    ("resample", "half", 0.01): (("every", 2), ("lr", 0.02)),
+    ("resample", "colorize", 0.01): (("every", 5), ("lr", 0.1)),
     ("latent-daps", "sr4", 0.01): (("lr", 0.3), ("steps", 10)),
     ("latent-daps", "deblur", 0.01): (("lr", 0.1), ("steps", 10)),
     ("latent-daps", "box", 0.01): (("lr", 0.3), ("steps", 5)),
@@ -127,6 +129,10 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("azula-tmpd", "deblur", 0.01): (("eta", 0.0),),
     ("azula-tmpd", "box", 0.01): (("eta", 1.0),),
     ("azula-tmpd", "random", 0.01): (("eta", 1.0),),
+    ("azula-tmpd", "sr8", 0.01): (("eta", 0.0),),
+    ("azula-tmpd", "motion", 0.01): (("eta", 0.0),),
+    ("azula-tmpd", "half", 0.01): (("eta", 0.0),),
+    ("azula-tmpd", "colorize", 0.01): (("eta", 0.0),),
 }
 
 
