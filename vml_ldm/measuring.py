@@ -122,7 +122,8 @@ def leaves_most_open(colours: Tensor) -> bool:
 
     Then VML takes more levels of fewer inner steps. Light that is clipped in some pictures does not count. (On 48
     validation images, 24 of them with two seeds, the half has 0.5 dB +- 0.3 more with ten levels of three than with
-    five of seven, and a distance nearer by 0.011; a box of a seventh of the picture -0.1 dB +- 0.5, 0.004 further.)
+    five of seven, and a distance nearer by 0.011; a box of a seventh of the picture -0.1 dB +- 0.5, 0.004 further. That
+    the box is left out was settled on held-out images, see docs/benchmark/README.md.)
 
     Args:
         colours: as `pick_start` has them.
