@@ -437,6 +437,25 @@ def test_phase_retrieval_is_the_magnitude_of_the_padded_transform():
     assert torch.allclose(PhaseRetrieval()(x), PhaseRetrieval()(x.flip(2, 3)))
 
 
+@pytest.mark.parametrize(("size", "oversample"), [((4, 3), 1), ((3, 4), 1.5), ((2, 3), 2)])
+def test_phase_retrieval_has_the_derivatives_of_the_magnitude(size, oversample):
+    x, operator = images(1, size=size, channels=1), PhaseRetrieval(oversample)
+    shape = operator(x).shape[2:]
+
+    def magnitude(x):
+        return torch.fft.fft2(x, s=shape, norm="ortho").abs()
+
+    for derivative in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(derivative(operator)(x), derivative(magnitude)(x))
+    assert torch.autograd.gradgradcheck(operator, x.requires_grad_())
+
+
+def test_phase_retrieval_has_no_gradient_where_nothing_is():
+    black = torch.zeros(1, 1, 6, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(PhaseRetrieval()(black), black, torch.full((1, 1, 12, 12), 1e9))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_phase_retrieval_starts_near_the_image():
     image = F.interpolate(from_pil(load_image(example_images("held_out")[0][0])), (32, 32), mode="area")
     y = PhaseRetrieval()(image)

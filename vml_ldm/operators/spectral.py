@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,8 @@ class PhaseRetrieval(Operator):
     def __call__(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W'), >= 0."""
         expect(image, "image", ("B", "C", "H", "W"), "Add the axes that are missing.")
-        height, width = (math.ceil(self.oversample * n) for n in image.shape[2:])
-        half = torch.fft.rfft2(image, s=(height, width), norm="ortho").abs()
-        others = half[..., 1 : (width + 1) // 2]  # waves k and -k of a real image have one magnitude
-        return torch.cat([half, others.flip(2, 3).roll(1, 2)], 3)
+        size = tuple(math.ceil(self.oversample * n) for n in image.shape[2:])
+        return torch.cat([_Magnitude.apply(part, size)[0] for part in _in_parts(image)])
 
     def start(self, y: Tensor, *, steps: int = 150, seed: int = 0) -> Tensor:
         """(B, C, H, W) in [0, 1]: hybrid input-output (Fienup, 1982), from random pixels.
@@ -63,9 +62,8 @@ class PhaseRetrieval(Operator):
         half = [math.ceil(n * m / whole) for n, m, whole in zip(size, low.shape[2:], y.shape[2:], strict=True)]
         noise = torch.rand(half, generator=torch.Generator().manual_seed(seed)).to(y)
         coarse = _find_phase(noise.expand(len(y), 1, -1, -1), low, steps)
-        first = _find_phase(F.interpolate(coarse, size, mode="bilinear", align_corners=True), y[:, :1], further)
-        others = _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], further)
-        return torch.cat([first, others], 1)
+        begun = F.interpolate(coarse, size, mode="bilinear", align_corners=True)
+        return torch.cat([_find_colours(*pair, further) for pair in zip(_in_parts(begun), _in_parts(y), strict=True)])
 
 
 class CompressedSensing(OrthonormalRows):
@@ -163,6 +161,68 @@ class FourierLines(LinearOperator):
         return torch.fft.ifft2(torch.fft.fft2(image) * weight.to(image)).real
 
 
+class _Magnitude(torch.autograd.Function):
+    """``|F P x|`` of real images and, for its derivatives, F P x at half of the waves, for -k has what k has.
+
+    Its gradient goes back through half of the waves too, where torch's own takes all of them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        spectrum = _half_spectrum(image, size)
+        half = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag).sqrt_()
+        return _with_mirrored(half, size[1]), spectrum
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.size = inputs[1]
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+        phase = torch.sgn(ctx.saved_tensors[-1])
+        return _with_mirrored((phase.conj() * _half_spectrum(tangent, ctx.size)).real, ctx.size[1]), None
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: None) -> tuple[Tensor, None]:
+        image, magnitude, spectrum = ctx.saved_tensors
+        kept, pairs = spectrum.shape[-1], slice(1, (ctx.size[1] + 1) // 2)
+        half = cotangent[..., :kept].clone()
+        half[..., pairs].add_(_mirrored(cotangent[..., kept:])).div_(2)
+        if torch.is_grad_enabled():  # a derivative of this one will be taken
+            half = half * torch.sgn(_half_spectrum(image, ctx.size))
+        else:
+            least = torch.finfo(half.dtype).tiny ** 0.5  # below it the squares in the magnitude vanish
+            half = half.div_(magnitude[..., :kept].clamp(min=least)) * spectrum
+        rows = torch.fft.ifft(half, dim=-2, norm="ortho")[..., : image.shape[-2], :]
+        return torch.fft.irfft(rows, n=ctx.size[1], norm="ortho")[..., : image.shape[-1]], None
+
+
+def _half_spectrum(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """F P x at the horizontal frequencies from zero up."""
+    return torch.fft.rfft2(image, s=size, norm="ortho")
+
+
+def _with_mirrored(half: Tensor, width: int) -> Tensor:
+    """Values that k and -k share at all of the waves, from those at the horizontal frequencies from zero up."""
+    return torch.cat([half, _mirrored(half[..., 1 : (width + 1) // 2])], -1)
+
+
+def _mirrored(waves: Tensor) -> Tensor:
+    """What stands at k moved to -k, of all the waves whose horizontal frequency has another of the opposite sign."""
+    return waves.flip(-2, -1).roll(1, -2)
+
+
+def _in_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """The images one by one where a processor computes, whose cache holds one's transforms; elsewhere all at once."""
+    return images.split(1) if images.device.type == "cpu" else (images,)
+
+
 def _share(ratio: float, total: int) -> int:
     """How many of ``total`` a ratio is."""
     if not 0 < ratio <= 1 or round(ratio * total) < 1:
@@ -192,6 +252,12 @@ def _coarsen(y: Tensor) -> Tensor:
         waves = (torch.fft.fftfreq(half) * half).round().long() % whole
         y = y.index_select(axis, waves.to(y.device)) * math.sqrt(half / whole)
     return y
+
+
+def _find_colours(first: Tensor, y: Tensor, steps: int) -> Tensor:
+    """All channels (B, C, H, W) from the first one: it is improved, the others begin from it."""
+    first = _find_phase(first, y[:, :1], steps)
+    return torch.cat([first, _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], steps)], 1)
 
 
 def _find_phase(image: Tensor, y: Tensor, steps: int) -> Tensor:
