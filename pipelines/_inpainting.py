@@ -61,13 +61,7 @@ class InpaintingMixin:
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         more = given.get("kwargs", {})
         stock = {name: own(given[name]) for name in names} | more
-        check_one_of("solver", given["solver"], SOLVERS)
-        check_one_of("start", given["start"], STARTS)
-        preset = given["preset"]
-        chosen = settings(preset, **{name: given[name] for name in EXPLICIT})
-        parse_memory(given["memory"])
-        if given["solver"] == "none" and given["return_report"]:
-            raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
+        chosen, preset = self._choose(SimpleNamespace(**given)), given["preset"]
         self._tell_ignored(given)
         if given["solver"] == "none":
             return stock_call(**stock)
@@ -80,6 +74,16 @@ class InpaintingMixin:
         with torch.inference_mode(False), torch.no_grad():
             images, flagged, report = self._solve(a, chosen, preset, given["sigma_y"], given["paste"])
         return self._give_back(images, flagged, report if given["return_report"] else None, a.return_dict)
+
+    def _choose(self, a: SimpleNamespace) -> Settings:
+        """The settings of a call, whose choices are checked."""
+        check_one_of("solver", a.solver, SOLVERS)
+        check_one_of("start", a.start, STARTS)
+        chosen = settings(a.preset, **{name: getattr(a, name) for name in EXPLICIT})
+        parse_memory(a.memory)
+        if a.solver == "none" and a.return_report:
+            raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
+        return chosen
 
     def _tell_ignored(self, given: dict) -> None:
         """Warn of arguments that were given and that this solver does not look at."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import SchedulerLevels
+from vml_ldm.adapters.diffusers import SchedulerLevels, parse_memory
 from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
@@ -33,7 +33,7 @@ class RestoringMixin:
         """A call's result, from its arguments by name."""
         a = SimpleNamespace(**{name: own(value) for name, value in given.items() if name != "self"})
         with torch.inference_mode(False), torch.no_grad():
-            images, flagged, report = self._solve(a, _choose(a))
+            images, flagged, report = self._solve(a, self._choose(a))
         return self._give_back(images, flagged, report if a.return_report else None, a.return_dict)
 
     def _solve(self, a: SimpleNamespace, chosen: Settings) -> tuple[Any, list[bool] | None, Report]:
@@ -68,6 +68,40 @@ class RestoringMixin:
             return solution.latent, None, report
         image = settle(solution.image, measured.measurement, noise_std) if a.pixel_step else solution.image
         return *self._hand_out(image, a.output_type, dtype), report
+
+    def _choose(self, a: SimpleNamespace) -> Settings:
+        """The settings of a call; its choices are checked, and those left open are made."""
+        if not callable(a.solver):
+            check_one_of("solver", a.solver, SOLVERS)
+        check_one_of("output_type", a.output_type, OUTPUT_TYPES)
+        parse_memory(a.memory)
+        if a.start is None and a.solver != "vml":
+            a.start = "measurement" if a.solver == "red-diff" else "noise"
+        check_one_of("start", a.start, (*(RESTORE_STARTS if a.solver == "vml" else STARTS), None))
+        if not isinstance(a.num_inference_steps, int) or a.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {a.num_inference_steps!r}; expected a whole number >= 1.")
+        a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
+        given = {name: getattr(a, name) for name in (*EXPLICIT, "correct_steps")}
+        if a.red is not None and a.solver != "red-diff":
+            raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
+        if a.solver == "vml":
+            return settings(a.preset, **given)
+        renoise = given.pop("renoise") if callable(a.solver) else None
+        for name, value in given.items():
+            if value is not None:
+                where = "its settings are in `red`" if a.solver == "red-diff" else "bind its settings to the function"
+                raise ValueError(f"{name} is {value!r} with solver={_name(a.solver)!r}, which has none; {where}.")
+        if callable(a.solver):
+            return settings(a.preset, inner_steps=0, jacobian="free", renoise=renoise)  # a level for each evaluation
+        if a.latents is not None and a.start == "measurement":
+            raise ValueError(
+                "`latents` came with start='measurement' and solver='red-diff', which does not noise it; "
+                "expected start='noise', or no `latents`."
+            )
+        a.red = RedDiff() if a.red is None else a.red
+        if not isinstance(a.red, RedDiff):
+            raise TypeError(f"`red` is {type(a.red).__name__}; expected a vml_ldm.RedDiff.")
+        return settings(a.preset, inner_steps=0, jacobian="free")  # one denoiser evaluation at each level
 
     def _observe(self, a: SimpleNamespace) -> tuple[Measurement, Tensor]:
         """y for every image of the batch with its operator, checked; and the noise, (B,)."""
@@ -139,37 +173,3 @@ def _run(a: SimpleNamespace, x_T: Tensor, prior: Prior, measurement: Measurement
 
 def _name(solver: str | Callable) -> str:
     return solver if isinstance(solver, str) else getattr(solver, "__name__", repr(solver))
-
-
-def _choose(a: SimpleNamespace) -> Settings:
-    """The settings of a call; its choices are checked, and those left open are made."""
-    if not callable(a.solver):
-        check_one_of("solver", a.solver, SOLVERS)
-    check_one_of("output_type", a.output_type, OUTPUT_TYPES)
-    if a.start is None and a.solver != "vml":
-        a.start = "measurement" if a.solver == "red-diff" else "noise"
-    check_one_of("start", a.start, (*(RESTORE_STARTS if a.solver == "vml" else STARTS), None))
-    if not isinstance(a.num_inference_steps, int) or a.num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is {a.num_inference_steps!r}; expected a whole number >= 1.")
-    a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
-    given = {name: getattr(a, name) for name in (*EXPLICIT, "correct_steps")}
-    if a.red is not None and a.solver != "red-diff":
-        raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
-    if a.solver == "vml":
-        return settings(a.preset, **given)
-    renoise = given.pop("renoise") if callable(a.solver) else None
-    for name, value in given.items():
-        if value is not None:
-            where = "its settings are in `red`" if a.solver == "red-diff" else "bind its settings to the function"
-            raise ValueError(f"{name} is {value!r} with solver={_name(a.solver)!r}, which has none; {where}.")
-    if callable(a.solver):
-        return settings(a.preset, inner_steps=0, jacobian="free", renoise=renoise)  # a level for each evaluation
-    if a.latents is not None and a.start == "measurement":
-        raise ValueError(
-            "`latents` came with start='measurement' and solver='red-diff', which does not noise it; "
-            "expected start='noise', or no `latents`."
-        )
-    a.red = RedDiff() if a.red is None else a.red
-    if not isinstance(a.red, RedDiff):
-        raise TypeError(f"`red` is {type(a.red).__name__}; expected a vml_ldm.RedDiff.")
-    return settings(a.preset, inner_steps=0, jacobian="free")  # one denoiser evaluation at each level

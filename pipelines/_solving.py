@@ -152,6 +152,17 @@ class SolvingMixin:
         )
         return None
 
+    def check_choices(self, **arguments) -> None:
+        """Refuse arguments of a call that are wrong whatever it solves: no such choice, a number out of its range.
+
+        A call does so by itself; this is for those who will make many. Arguments that are left out have their defaults.
+
+        Raises:
+            ValueError, TypeError: as the call.
+        """
+        defaults = {p.name: p.default for p in inspect.signature(type(self).__call__).parameters.values()}
+        self._choose(SimpleNamespace(**defaults | arguments))
+
     def _check(self, a: SimpleNamespace, channels: tuple[int, ...]) -> None:
         """Refuse what cannot work before any network runs, and fill in the defaults that depend on the model.
 

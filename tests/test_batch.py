@@ -437,6 +437,8 @@ def test_the_trial_tells_what_is_broken(folder, out, restorer) -> None:
     "arguments, error, message",
     [
         ({"batch_size": 0}, ValueError, "batch_size is 0; expected 1 or more"),
+        ({"preset": "slow"}, ValueError, "preset is 'slow'; expected one of"),
+        ({"solver": "red-diff", "start": "outline"}, ValueError, "start is 'outline'; expected one of 'noise'"),
         ({"num_images_per_prompt": 2}, TypeError, r"got 'num_images_per_prompt'; expected arguments of the call"),
         ({"memory": "some"}, ValueError, "memory is 'some'; expected 'auto', 'fast', 'low', or bytes"),
         ({"jacobean": "free"}, TypeError, "got 'jacobean'"),

@@ -10,7 +10,6 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from vml_ldm.adapters.diffusers import parse_memory
 from vml_ldm.families import FAMILIES
 from vml_ldm.posing import Inpaint, Restore, denoiser
 
@@ -35,7 +34,7 @@ def settings(pipe, task: Restore | Inpaint, prompt: str, seed: int, arguments: d
 
     Raises:
         TypeError: another pipeline than the task's, or an argument that is not of its call or no plain value.
-        ValueError: `memory` that is none.
+        ValueError: an argument out of its range.
     """
     names = [tasks[task.kind] for tasks in FAMILIES.values() if task.kind in tasks]
     if type(pipe).__name__ not in names:
@@ -43,7 +42,7 @@ def settings(pipe, task: Restore | Inpaint, prompt: str, seed: int, arguments: d
     call = inspect.signature(type(pipe).__call__).parameters
     if unknown := [name for name in arguments if name not in call or name in _OURS]:
         raise TypeError(f"solve_folder() got {unknown[0]!r}; expected arguments of the call that it does not give.")
-    parse_memory(arguments.get("memory", "auto"))
+    pipe.check_choices(**arguments)
     model = {
         "model": str(pipe.config.get("_name_or_path")),
         "scheduler": type(pipe.scheduler).__name__,
