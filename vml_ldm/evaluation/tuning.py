@@ -92,6 +92,7 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("psld", "motion", 0.01): (("omega", 1.0), ("gamma", 0.1)),
     ("psld", "box", 0.01): (("omega", 1.0), ("gamma", 0.1)),
     ("psld", "half", 0.01): (("omega", 1.0), ("gamma", 0.1)),
+    ("psld", "random", 0.01): (("omega", 3.0), ("gamma", 0.1)),
     ("psld", "colorize", 0.01): (("omega", 0.3), ("gamma", 0.01)),
     ("resample", "sr4", 0.01): (("every", 2), ("lr", 0.05)),
     ("resample", "deblur", 0.01): (("every", 2), ("lr", 0.05)),
