@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,6 +202,17 @@ def test_solvers_of_other_papers_are_measured_one_image_at_a_time_where_they_mus
     rows = rows_in(tmp_path)
     run(some, pipe, rows)
     assert len(rows.by_key) == 2 * (1 + len(tried))
+
+
+def test_diffusers_inpainting_is_a_method_where_there_is_a_mask(pipe) -> None:
+    guided, _, free = methods.grid("stock")
+    assert guided.tasks == ("box", "half", "random")
+    problem = pose("box", 0.0, cases(), truth())
+    known = problem.operator.mask.expand(2, 3, -1, -1) > 0
+    image, residual, calls, in_networks, _ = methods.at_steps(free, lambda task: 4).answer(problem, pipe, {})
+    assert calls == {"encode": 2, "denoise": 4, "decode": 1} and in_networks > 0
+    assert (image - problem.y)[known].square().mean().sqrt() < 0.1 * residual.min()  # the step in pixels
+    assert methods.at_steps(guided, lambda task: 4).answer(problem, pipe, {}).calls["denoise"] == 8
 
 
 # a run
@@ -531,6 +543,17 @@ def test_a_call_s_memory_is_what_it_held_at_the_most() -> None:
         pytest.skip("this system does not tell")
     assert 250 < large.memory < 300
     assert small.memory < 10  # the first call's peak is forgotten
+
+
+def test_a_second_call_s_memory_is_that_of_the_first() -> None:
+    def hold() -> int:
+        return len([torch.ones(2**14) for _ in range(1000)])  # 64 KiB each
+
+    (_, first), (_, second) = (measured(hold, torch.device("cpu")) for _ in range(2))
+    if first.memory is None or not sys.platform.startswith("linux"):
+        pytest.skip("this system does not tell")
+    assert 50 < first.memory < 80
+    assert 50 < second.memory < 80  # what the C library had kept counts again
 
 
 def test_table_has_means_and_paired_intervals() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_benchmark_refuses_what_cannot_be_read(more: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["benchmark", *more])
     assert stop.value.code == 2
+
+
+def test_the_benchmark_s_help_names_every_task_and_method(capsys) -> None:
+    from vml_ldm.evaluation import methods, problems
+
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    told = re.sub(r"-\n\s+", "-", capsys.readouterr().out)  # a name may be broken at its hyphen
+    known = [m.name for m in (*methods.METHODS, *methods.VARIANTS, *methods.PEERS)]
+    assert {*known, *problems.TASKS} <= set(re.findall(r"[a-z0-9-]+", told))
 
 
 def test_benchmark_in_parts_then_whole(model, tmp_path: Path, capsys) -> None:

@@ -63,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_batch(commands.add_parser("batch", help="inpaint or restore every image of a folder"))
     _add_app(commands.add_parser("app", help="a web page for both, on this machine only"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
-    _add_benchmark(
-        commands.add_parser("benchmark", aliases=["bench"], help="compare restoration with RED-diff and naive answers")
-    )
+    _add_benchmark(commands.add_parser("benchmark", aliases=["bench"], help="compare restoration with other solvers"))
     return parser
 
 
@@ -110,7 +108,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     _add_task(parser, {batch.INPAINT: "repaint the white part of a mask"})
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time (default: 4)")
+    _add_batch_size(parser)
     _add_painting(parser)
     painting = parser.add_argument_group("inpainting")
     painting.add_argument("--mask", metavar="PATH", type=Path, help="of all images; or a folder, a mask for each name")
@@ -193,26 +191,35 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("held-out", "validation"), default="held-out")
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
+    _add_batch_size(parser)
     parser.set_defaults(run=demo.run)
 
 
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Restore images that the bundled checkpoint was not trained on, by VML, RED-diff and naive answers, from many "
-        "measurements: rows, a table and sheets of pictures. A run that was interrupted goes on where it was."
+        "Restore images that the bundled checkpoint was not trained on, by VML, other solvers and naive answers, from "
+        "many measurements: rows, a table and sheets of pictures. A run that was interrupted goes on where it was."
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="default: vml-ldm-benchmark, with --tune vml-ldm-tuning-METHOD"
     )
     parser.add_argument("--short", action="store_true", help="2 images, 3 tasks, one noise: minutes on a CPU")
     parser.add_argument("--images", type=_positive, metavar="N", help="default: 24, with --tune 4")
-    parser.add_argument("--tasks", metavar="NAMES", help="comma-separated; default: all eleven")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="comma-separated; default: all eleven, sr4, sr8, deblur, motion, box, half, random, jpeg, colorize, hdr, "
+        "phase",
+    )
     parser.add_argument("--noise", type=benchmark.noises, metavar="STDS", help="default: 0,0.01,0.05")
     parser.add_argument(
         "--methods",
         metavar="NAMES",
-        help="comma-separated, others are compared to the first; default: all but the solvers of other papers",
+        help="comma-separated, others are compared to the first; default: vml, vml-free, red-diff, red-diff-tuned, "
+        "start, smooth, bicubic, telea, vae-round-trip. Also: stock (diffusers' "
+        "inpainting), latent-dps, psld, resample, flow-dps, latent-daps, latino, azula-dps, azula-pigdm, azula-mmps, "
+        "azula-tmpd, azula-diffpir, and forms of vml: vml-fast, vml-32, vml-40, vml-66, vml-82, vml-best, vml-noise, "
+        "vml-outline, vml-full-decoder, vml-small-decoder, vml-small-decoder-free",
     )
     parser.add_argument("--split", choices=("held-out", "validation"), help="default: held-out, with --tune validation")
     parser.add_argument(
@@ -220,7 +227,8 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="red-diff",
         metavar="METHOD",
-        help="look for its best settings for each task, on a grid",
+        help="look for its best settings for each task, on a grid: red-diff (if none is named), stock, or another "
+        "solver of those below --methods",
     )
     parser.add_argument(
         "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
@@ -242,7 +250,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         help="how often each image is tried, with another seed each time; its means count (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
-    parser.add_argument("--batch", type=_positive, default=4, metavar="N", help="images at a time")
+    _add_batch_size(parser)
     parser.set_defaults(run=benchmark.run)
 
 
@@ -284,6 +292,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipeline's (50)")
     parser.add_argument(
         "--guidance", type=float, metavar="SCALE", help="default: the pipeline's (inpaint 7.5, restore 1)"
+    )
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch", type=_positive, default=4, metavar="N", help="images at a time (default: %(default)s)"
     )
 
 

@@ -47,7 +47,8 @@ class BenchmarkRow:
     y), and seconds for one image (a batch's time over its size). What came later may be None: how often the networks
     ran, forward and backward ("draft" is the small decoder), MiB that the call held at the most beyond what was held
     before it, for its whole batch, the share of the call's time that was spent outside the networks, LPIPS (None
-    without its package and weights), the error at the borders of a mask, and the residual by level (see `tell_levels`).
+    without its package and weights), the error at the borders of a mask, the residual by level (see `tell_levels`), and
+    the calls of all networks, the encoder too.
     """
 
     image: str
@@ -73,6 +74,7 @@ class BenchmarkRow:
     lpips: float | None = None
     edge_error: float | None = None
     levels: str | None = None
+    calls: int | None = None
 
     @property
     def expected(self) -> float:
@@ -100,7 +102,9 @@ class BenchmarkRow:
 
     @property
     def network_calls(self) -> int | None:
-        """Of denoiser and both decoders, forward and backward."""
+        """Of all networks, forward and backward; without the encoder's in rows that came before `calls`."""
+        if self.calls is not None:
+            return self.calls
         return _total(_total(self.denoiser_calls, self.decoder_calls), _total(self.draft, self.draft_vjp))
 
 
@@ -294,6 +298,7 @@ class Benchmark(comparison.Comparison):
                 lpips=lpips,
                 edge_error=edge_error,
                 levels=tell_levels(answer.trace, i),
+                calls=sum(answer.calls.values()),
             )
             for i, (case, (*values, lpips, edge_error)) in enumerate(zip(cases, figures, strict=True))
         ]

@@ -38,15 +38,17 @@ _COLUMNS = (
     Column("seconds", "seconds", 2, paired=False),
     Column("denoiser_calls", "denoiser calls", 0, paired=False),
     Column("decoder_calls", "decoder calls", 0, paired=False),
+    Column("network_calls", "all calls", 0, paired=False),
     Column("memory", "peak MiB", 0, paired=False),
     Column("percent_outside", "outside the networks (%)", 1, paired=False),
 )
 _NOTES = (
     "Means over the images; whole images count. Seconds are for one image. For linear operators every "
     "solver but red-diff, which is as its authors have it, ends with one step in pixels (`vml_ldm.measuring.settle`).",
-    "Network calls are forward and backward ones, the small decoder's left out; peak: memory of a batch above what was "
-    "held before it. Outside the networks: what is neither theirs nor the encoder's of a call's time. LPIPS: version "
-    "0.1, on AlexNet. Edge error: of jumps across a mask's border. What a line's rows do not all have is left empty.",
+    "Calls are forward and backward ones; all: with the small decoder's and, where they were recorded, the encoder's. "
+    "Peak: memory of a batch above what was held before it. Outside the networks: what is neither theirs nor the "
+    "encoder's of a call's time. LPIPS: version 0.1, on AlexNet. Edge error: of jumps across a mask's border. What a "
+    "line's rows do not all have is left empty.",
     "Residual: rms of y - A(image), before the step in pixels. Expected: sqrt(sigma_y^2 + e^2), e the VAE's round-trip "
     "error of the truth as the operator sees it.",
     "start: the operator's pseudo-inverse, or what it begins from if it is not linear. smooth: the smoothest image "
@@ -63,7 +65,8 @@ def benchmark_table(groups: Sequence[Group]) -> str:
     """
     first, *_ = groups[0].rows
     lines = draw_benchmark_lines(groups)
-    notes = [*_NOTES, f"In brackets, from {FEWEST} images on: mean paired difference to {first}, its 95 % interval."]
+    brackets = f"{first}'s 95 % intervals; of the others the mean paired differences to it, with theirs."
+    notes = [*_NOTES, f"In brackets, from {FEWEST} images on: {brackets}"]
     if not has_perceptual(groups):
         notes.append(NO_PERCEPTUAL)
     return "\n".join([*lines, "", *notes])
@@ -89,7 +92,7 @@ def _figures(rows: Sequence[Pooled] | None) -> str:
 
 def draw_benchmark_lines(groups: Sequence[Group]) -> list[str]:
     """The table without its notes."""
-    return draw_lines(("task", "sigma_y", "images"), groups, _COLUMNS)
+    return draw_lines(("task", "sigma_y", "images"), groups, _COLUMNS, own=True)
 
 
 class Pooled(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -38,11 +40,19 @@ def _begin(device: torch.device) -> float | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / _MIB
+    _return_freed()
     try:
         _RESET.write_text(_RESET_PEAK)
     except OSError:
         return None
     return _status("VmRSS")
+
+
+def _return_freed() -> None:
+    """Hand memory that is free, but kept by the C library (glibc), back to the system: the next call would take it up
+    without the process growing."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _peak(device: torch.device) -> float | None:

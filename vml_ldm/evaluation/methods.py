@@ -1,4 +1,4 @@
-"""Who answers a problem in the comparison of restoration: VML, RED-diff, and naive answers without a prior."""
+"""Who answers a problem in the comparison of restoration: VML, other solvers, and naive answers without a prior."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vml_ldm.evaluation import peers, tuning
-from vml_ldm.evaluation.problems import LINEAR, TASKS, Problem
+from vml_ldm.evaluation import peers, stock, tuning
+from vml_ldm.evaluation.problems import LINEAR, MASKED, TASKS, Problem
 from vml_ldm.images import to_pil
 from vml_ldm.operators import Downsample, Mask
 from vml_ldm.presets import THROUGHOUT
@@ -70,6 +70,17 @@ class Solver:
         residual = torch.tensor(out.report.residual)
         report = out.report
         return Answer(out.images.float().cpu(), residual, report.calls, report.in_networks, report.trace)
+
+
+@dataclass(frozen=True)
+class Stock(Solver):
+    """diffusers' `StableDiffusionInpaintPipeline`, by what it is passed; it takes problems with a mask."""
+
+    def answer(self, problem: Problem, pipe, common: dict) -> Answer:
+        """Its images, with our last step in pixels."""
+        passed = common | self.arguments(problem.task, problem.sigma_y)
+        raw, image, meter = stock.inpaint(problem, pipe, passed)
+        return Answer(image, problem.residual(raw), meter.calls(len(raw)), meter.seconds)
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,8 @@ def at_steps(method: Solver, steps: Callable[[str], int]) -> Solver:
 
 def _pass_point(method: str, point: tuning.Point) -> dict:
     """What the pipeline is passed for a method of `tuning.GRIDS` with these settings."""
+    if method == "stock":
+        return dict(point)
     if method == "red-diff":
         return {"solver": "red-diff", "red": RedDiff(**dict(point))}
     if not method.startswith(_AZULA):
@@ -169,6 +182,8 @@ def _solver(name: str, method: str, settings: Callable[[str, float], tuning.Poin
     azula = method.startswith(_AZULA)
     tasks = LINEAR if method in (*peers.ONLY_LINEAR, "azula-pigdm") else TASKS
     arguments = lambda task, sigma_y: _pass_point(method, settings(task, sigma_y))  # noqa: E731
+    if method == "stock":
+        return Stock(name, arguments, MASKED)
     return Solver(name, arguments, tasks, alone=azula, module="azula" if azula else None)
 
 
@@ -189,7 +204,7 @@ RED_TUNED = tuned_solver("red-diff", "red-diff-tuned")  # and with our last step
 START = Naive("start", draw_start)
 SMOOTH = Naive("smooth", draw_smooth, LINEAR)
 BICUBIC = Naive("bicubic", upsample, ("sr4", "sr8"))
-TELEA = Naive("telea", inpaint_telea, ("box", "half", "random"), module="cv2")
+TELEA = Naive("telea", inpaint_telea, MASKED, module="cv2")
 CEILING = Naive("vae-round-trip", lambda problem: problem.round_trip)
 METHODS = (EXACT, FREE, RED, RED_TUNED, START, SMOOTH, BICUBIC, TELEA, CEILING)
 BUDGETS = (  # by denoiser evaluations, 25 to 100; "vml" itself has 50

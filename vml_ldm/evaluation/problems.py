@@ -26,9 +26,9 @@ from vml_ldm.evaluation.comparison import Case, stack_truth
 from vml_ldm.evaluation.tasks import stack_masks
 from vml_ldm.operators import Blur, Mask, Measurement, Operator, PhaseRetrieval
 
-_MASKED = ("box", "half", "random")
-LINEAR = ("sr4", "sr8", "deblur", "motion", *_MASKED, "colorize")
-TASKS = ("sr4", "sr8", "deblur", "motion", *_MASKED, "jpeg", "colorize", "hdr", "phase")
+MASKED = ("box", "half", "random")
+LINEAR = ("sr4", "sr8", "deblur", "motion", *MASKED, "colorize")
+TASKS = ("sr4", "sr8", "deblur", "motion", *MASKED, "jpeg", "colorize", "hdr", "phase")
 NOISES = (0.0, 0.01, 0.05)
 _NOISE_STREAM = 1_000_003  # added to an image's seed: the solvers begin with numbers drawn from the seed itself
 
@@ -41,7 +41,7 @@ def make_operator(task: str, size: int, seeds: Sequence[int]) -> Operator:
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
-    if task in _MASKED:
+    if task in MASKED:
         return Mask(stack_masks(task, size, size, seeds))
     if task == "phase":
         return PhaseRetrieval()

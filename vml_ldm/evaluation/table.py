@@ -57,11 +57,14 @@ def comparison_table(
     return "\n".join([*draw_lines(("mask",), groups, _MASKS), "", *_notes(found, methods[0])])
 
 
-def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> list[str]:
+def draw_lines(
+    labels: Sequence[str], groups: Sequence[Group], columns: Sequence[Column], own: bool = False
+) -> list[str]:
     """Groups as the lines of a Markdown table; of the columns those of which a line's every row has a value.
 
     Args:
         labels: headings of the groups' labels.
+        own: give the first method's means with their own intervals.
     """
     shown = [c for c in columns if any(all_have(rows, c.field) for group in groups for rows in group.rows.values())]
     head = [*labels, "method", *(column.heading for column in shown)]
@@ -70,7 +73,7 @@ def draw_lines(labels: Sequence[str], groups: Sequence[Group], columns: Sequence
         first, *_ = group.rows
         for method, rows in group.rows.items():
             base = None if method == first else group.rows[first]
-            lines.append([*group.labels, method, *(_cell(rows, base, column) for column in shown)])
+            lines.append([*group.labels, method, *(_cell(rows, base, column, own) for column in shown)])
     return draw_table(head, lines, numbers=len(shown))
 
 
@@ -111,16 +114,24 @@ def _values(rows: Sequence, field: str) -> Tensor:
     return torch.tensor([getattr(row, field) for row in rows], dtype=torch.float64)
 
 
-def _cell(rows: Sequence, base: Sequence | None, column: Column) -> str:
-    """A mean, and for paired values of enough images the difference to base with its interval; empty without values."""
+def _cell(rows: Sequence, base: Sequence | None, column: Column, own: bool) -> str:
+    """A mean, and for paired values of enough images the difference to base with its interval, or (`own`, without a
+    base) the mean's; empty without values."""
     if not all_have(rows, column.field):
         return ""
     digits, text = column.digits, f"{mean(rows, column.field):.{column.digits}f}"
-    paired = column.paired and base is not None and all_have(base, column.field)
-    change = difference(rows, base, column.field) if paired else None
-    if change is None:
+    if not column.paired or len(rows) < FEWEST:
         return text
-    return f"{text} ({change.mean:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}])"
+    if base is None:
+        return text + own * f" {_between(mean_and_interval(_values(rows, column.field)), digits)}"
+    if not all_have(base, column.field):
+        return text
+    change = difference(rows, base, column.field)
+    return f"{text} ({change.mean:+.{digits}f} {_between(change, digits, '+')})"
+
+
+def _between(interval: Interval, digits: int, sign: str = "") -> str:
+    return f"[{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
 
 
 def _notes(found: Mapping[tuple[str, str], Sequence[Row]], stock: str) -> list[str]:

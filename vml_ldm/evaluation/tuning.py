@@ -17,6 +17,7 @@ Point = tuple[tuple[str, float], ...]  # (name, value) of a method's settings
 # method -> settings -> values to try; the first of each are the authors', or ours where theirs do not carry over
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "red-diff": {"lambda_": (0.25, 0.00390625, 0.015625, 0.0625, 1.0), "lr": (0.1, 0.5)},
+    "stock": {"guidance_scale": (7.5, 3.0, 1.0)},
     "latent-dps": {"zeta": (1.0, 0.3, 3.0, 10.0)},
     "psld": {"omega": (1.0, 0.3, 3.0, 10.0), "gamma": (0.1, 0.01)},
     "resample": {"every": (5, 2, 10, 1), "lr": (0.05, 0.02, 0.1, 0.01)},
