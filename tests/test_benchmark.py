@@ -250,7 +250,9 @@ def test_files_and_table(finished: tuple[Path, str]) -> None:
     sheets = {"sheet-phase.png", "sheet-sr4.png", "gallery.png"}
     plots = {"quality-seconds.png", "quality-network_calls.png"}
     expected = {"rows.csv", "results", "table.md", "tasks", "residual-levels.png", *plots, *sheets}
-    assert {path.name for path in (folder / "tasks").iterdir()} == {"phase.md", "phase.png", "sr4.md", "sr4.png"}
+    pages_ = {"phase.md", "phase.png", "sr4.md", "sr4.png", "README.md"}
+    assert {path.name for path in (folder / "tasks").iterdir()} == pages_
+    assert (folder / "tasks" / "README.md").read_text(encoding="utf-8").count(".md)") == 2
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "table.md").read_text(encoding="utf-8").strip() == table
     assert (

@@ -128,6 +128,19 @@ def test_known_pixels_are_bit_identical_in_every_output_type(pipe):
     assert not np.array_equal(np.asarray(call(pipe, paste=False).images[0])[known], pixels[known])
 
 
+def test_the_mask_is_one_of_pixels_not_of_cells(pipe):
+    """A hole within two cells of the latent: what is repainted is the hole, to the pixel, and all else is measured."""
+    mask = Image.new("L", (SIZE, SIZE))
+    ImageDraw.Draw(mask).rectangle((13, 21, 18, 30), fill=255)  # cells are 8 pixels wide
+    known = np.asarray(mask) == 0
+    out = call(pipe, mask_image=mask, return_report=True)
+    changed = (np.asarray(out.images[0]) != np.asarray(picture())).any(-1)
+    assert changed[~known].mean() > 0.9 and not changed[known].any()
+    raw = call(pipe, mask_image=mask, paste=False, output_type="pt").images
+    apart = (raw - from_pil(picture()))[0].square().mean(0)[torch.from_numpy(known)].mean().sqrt()
+    assert out.report.residual[0] == pytest.approx(apart.item(), rel=0.05)
+
+
 def test_ten_edits_in_a_row_leave_the_known_pixels_alone(pipe):
     image, mask = picture(), right_half()
     known, edited = np.asarray(mask) == 0, picture()

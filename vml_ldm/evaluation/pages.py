@@ -88,6 +88,12 @@ def commands(task: str) -> list[str]:
     return [form.format(source=source, task=task) for form in forms]
 
 
+def write_index(tasks: Sequence[str]) -> str:
+    """What the pages are (Markdown)."""
+    lines = [f"- [{TASKS[task].title}]({task}.md) (`{task}`): {TASKS[task].text}" for task in tasks]
+    return "\n".join(["# The tasks", "", *lines, ""])
+
+
 def write(task: str, groups: Sequence[Group], strip: str) -> str:
     """A task's page (Markdown).
 

@@ -1,7 +1,7 @@
 """What the benchmark shows of its rows, in the folder that they lie in.
 
     sheet-TASK.png        every method, up to eight images at every noise
-    tasks/TASK.md, .png   a page with a strip: truth, what was measured, RED-diff and ours, of four images
+    tasks/TASK.md, .png   a page with a strip: truth, what was measured, RED-diff and ours, of four images; README.md
     gallery.png           every task, an image each: what was measured, ours, the truth
     quality-*.png         PSNR against seconds, and against network calls where the rows have them
     residual-levels.png   residual against the levels' noise, where the first method's rows have them
@@ -20,6 +20,7 @@ from vml_ldm.evaluation import pages
 from vml_ldm.evaluation.comparison import Case, stack_truth
 from vml_ldm.evaluation.methods import draw_measured
 from vml_ldm.evaluation.plots import draw_all
+from vml_ldm.evaluation.problems import TASKS
 from vml_ldm.evaluation.sheet import draw_sheet
 from vml_ldm.evaluation.table import Group
 from vml_ldm.images import load_image, to_pil
@@ -39,6 +40,9 @@ def draw_pictures(benchmark) -> None:
             _draw_page(benchmark, task, cases[:_ON_STRIP], [group for group in groups if group.labels[0] == task])
         else:
             print(f"No sheet of {task}: {benchmark.rows.folder} has no image with the pictures of every method.")
+    folder = benchmark.rows.folder / "tasks"
+    if paged := [task for task in TASKS if (folder / f"{task}.md").is_file()]:
+        (folder / "README.md").write_text(pages.write_index(paged), encoding="utf-8")
     if all(drawn.values()):
         _draw_gallery(benchmark, drawn)
     if find_spec("matplotlib") is not None:
