@@ -188,6 +188,9 @@ def test_a_picture_is_painted_over_and_one_restored_in_a_browser(address, browse
     browser.mouse.up()
     browser.locator("#inpaint").click()
     assert ended(browser).startswith("Done")
+    assert "residual" in browser.locator("#report").inner_text() and browser.locator("#curve").is_visible()
+    before, after = (browser.locator("#compare img").nth(i).get_attribute("src") for i in range(2))
+    assert before != after  # the slider's two sides
     with browser.expect_download() as download:
         browser.locator("#download").click()
     download.value.save_as(tmp_path / "painted.png")
