@@ -33,10 +33,10 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 
 # (method, task, sigma_y) -> the best of the grid; what is not listed has the grid's first point
 TUNED: dict[tuple[str, str, float], Point] = {
-    ("red-diff", "sr4", 0.01): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("red-diff", "sr4", 0.01): (("lambda_", 0.015625), ("lr", 0.1)),
     ("red-diff", "sr8", 0.01): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "deblur", 0.01): (("lambda_", 0.00390625), ("lr", 0.1)),
-    ("red-diff", "motion", 0.01): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("red-diff", "motion", 0.01): (("lambda_", 0.015625), ("lr", 0.1)),
     ("red-diff", "box", 0.01): (("lambda_", 1.0), ("lr", 0.1)),
     ("red-diff", "half", 0.01): (("lambda_", 0.015625), ("lr", 0.5)),
     ("red-diff", "random", 0.01): (("lambda_", 0.015625), ("lr", 0.1)),
@@ -55,6 +55,9 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("red-diff", "colorize", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "hdr", 0.05): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "phase", 0.05): (("lambda_", 0.00390625), ("lr", 0.1)),
+    ("stock", "box", 0.01): (("guidance_scale", 1.0),),
+    ("stock", "half", 0.01): (("guidance_scale", 1.0),),
+    ("stock", "random", 0.01): (("guidance_scale", 1.0),),
     ("latino", "sr4", 0.01): (("delta", 100.0),),
     ("latino", "sr8", 0.01): (("delta", 100.0),),
     ("latino", "deblur", 0.01): (("delta", 100.0),),
