@@ -37,7 +37,7 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("red-diff", "sr8", 0.01): (("lambda_", 0.0625), ("lr", 0.1)),
     ("red-diff", "deblur", 0.01): (("lambda_", 0.00390625), ("lr", 0.1)),
     ("red-diff", "motion", 0.01): (("lambda_", 0.015625), ("lr", 0.1)),
-    ("red-diff", "box", 0.01): (("lambda_", 0.0625), ("lr", 0.5)),
+    ("red-diff", "box", 0.01): (("lambda_", 1.0), ("lr", 0.1)),
     ("red-diff", "half", 0.01): (("lambda_", 0.015625), ("lr", 0.5)),
     ("red-diff", "random", 0.01): (("lambda_", 0.015625), ("lr", 0.1)),
     ("red-diff", "jpeg", 0.01): (("lambda_", 0.0625), ("lr", 0.1)),
