@@ -1,4 +1,4 @@
-"""``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration."""
+"""``vml-ldm benchmark``: VML, other solvers and naive answers on problems of restoration."""
 
 from __future__ import annotations
 

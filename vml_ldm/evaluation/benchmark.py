@@ -1,4 +1,4 @@
-"""The comparison behind ``vml-ldm benchmark``: VML, RED-diff and naive answers on problems of restoration.
+"""The comparison behind ``vml-ldm benchmark``: VML, other solvers and naive answers on problems of restoration.
 
 ``python -m vml_ldm.evaluation.benchmark`` is the same command. Checkpoint, prompts, seeds, y and operator are the
 same for every method; every figure is of the whole image, but the residual, which is that of the decoder's image. Phase
