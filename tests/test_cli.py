@@ -180,6 +180,8 @@ def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path, capsys) -> None
         (["--tune", "--split", "held-out"], "it tries a grid, on validation images only"),
         (["--tune", "dps"], "--tune came with 'dps'; expected one of red-diff"),
         (["--tune", "--methods", "vml"], "it tries a grid, on validation images only"),
+        (["--tune", "latino", "--points", "delta 2"], "no point is called 'delta 2'; expected some of delta 0.1,"),
+        (["--points", "delta 1"], "--points came without --tune"),
         (["--model", "none"], "none is no folder"),
     ],
 )
@@ -230,9 +232,11 @@ def test_benchmark_s_search_is_on_validation_images(model, tmp_path: Path, capsy
 
 def test_benchmark_s_search_at_equal_cost_has_ours_first(model, tmp_path: Path, capsys) -> None:
     arguments = ["--tune", "latino", "--tasks", "sr4", "--noise", "0.01", "--images", "1", "--model", model]
+    arguments += ["--points", "delta 0.3,delta 1"]
     assert main(["benchmark", *arguments, "--steps", "6", "--equal", "calls", "-o", str(tmp_path / "tuning")]) == 0
     printed = capsys.readouterr().out
     assert """("latino", "sr4", 0.01): (('delta',""" in printed and "| sr4  | 0.01    | 1      | vml" in printed
+    assert set(re.findall(r"\| (delta \S+)", printed)) == {"delta 0.3", "delta 1"}
 
 
 def test_interrupt_has_its_own_status(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -231,6 +231,9 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         "solver of those below --methods",
     )
     parser.add_argument(
+        "--points", metavar="NAMES", help='with --tune: only these of the grid, as in "zeta 1,zeta 3" (see its table)'
+    )
+    parser.add_argument(
         "--part", type=benchmark.part, default=(1, 1), metavar="I/N", help="only this part of the images, in DIR too"
     )
     parser.add_argument(

@@ -84,6 +84,8 @@ def _chosen(options: argparse.Namespace) -> dict:
         raise UsageError("--tune came with --methods or --split held-out; it tries a grid, on validation images only.")
     if options.tune and options.tune not in tuning.GRIDS:
         raise UsageError(f"--tune came with {options.tune!r}; expected one of {', '.join(tuning.GRIDS)}.")
+    if options.points and not options.tune:
+        raise UsageError("--points came without --tune; expected the method whose grid they are of.")
     split = (options.split or ("validation" if options.tune else "held-out")).replace("-", "_")
     chosen = {"images": 4} if options.tune else {}
     chosen |= benchmark.SHORT if options.short else {}
@@ -92,7 +94,9 @@ def _chosen(options: argparse.Namespace) -> dict:
     check_count(chosen.get("images", 0), split)
     if options.tune:
         ours = (methods.EXACT,) if options.equal else ()
-        return {**chosen, "split": split, "methods": (*ours, *methods.grid(options.tune))}
+        grid = {point.name: point for point in methods.grid(options.tune)}
+        tried = [grid[name] for name in named(options.points, tuple(grid), "point") or grid]
+        return {**chosen, "split": split, "methods": (*ours, *tried)}
     known = {method.name: method for method in (*methods.METHODS, *methods.VARIANTS, *methods.PEERS)}
     wanted = [known[name] for name in named(options.methods, tuple(known), "method") or _names(methods.METHODS)]
     for method in (method for method in wanted if not methods.is_installed(method)):
