@@ -73,7 +73,7 @@ TUNED: dict[tuple[str, str, float], Point] = {
     ("flow-dps", "box", 0.01): (("length", 10.0), ("steps", 1)),
     ("flow-dps", "half", 0.01): (("length", 10.0), ("steps", 1)),
     ("flow-dps", "random", 0.01): (("length", 10.0), ("steps", 1)),
-    ("flow-dps", "colorize", 0.01): (("length", 30.0), ("steps", 3)),
+    ("flow-dps", "colorize", 0.01): (("length", 30.0), ("steps", 1)),
     ("azula-diffpir", "sr4", 0.01): (("lmbda", 10.0), ("iterations", 3)),
     ("azula-diffpir", "sr8", 0.01): (("lmbda", 1.0), ("iterations", 3)),
     ("azula-diffpir", "deblur", 0.01): (("lmbda", 10.0), ("iterations", 3)),
