@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 import vml_ldm
 from vml_ldm import RedDiff, cli, operators
-from vml_ldm.evaluation import methods, metrics, pages, tuning
+from vml_ldm.evaluation import methods, metrics, pages, plots, tuning
 from vml_ldm.evaluation.benchmark import Benchmark, BenchmarkRow, Place, Plan, run
 from vml_ldm.evaluation.benchmark_table import benchmark_table, is_ahead, over_noises, standing, summary, verdicts
 from vml_ldm.evaluation.budgets import equalise, tell
@@ -662,3 +662,17 @@ def test_pooling_is_each_image_s_mean_over_the_noises_that_all_have() -> None:
     assert len(pooled) == 8
     assert pooled[2].psnr == pytest.approx(22 - 2 + 0.1)
     assert pooled[2].perceptual is None
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_a_plot_s_legend_is_within_it(tasks: int) -> None:
+    names = ("vml", "red-diff-tuned", "start", "azula-diffpir", "latent-daps", "vae-round-trip", "vml-small-decoder")
+    made = {name: [row(method=name, image=str(i), psnr=20.0 + i) for i in range(8)] for name in names}
+    figure = plots.draw_quality([Group((f"task{t}", "0.01", "8"), made) for t in range(tasks)], "seconds")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    found, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= found.x0 and found.x1 <= whole.x1 and whole.y0 <= found.y0
+    assert len(legend.get_texts()) == len(names)
+    panels = [panel.get_window_extent() for panel in figure.axes if panel.get_visible()]
+    assert found.y1 <= min(panel.y0 for panel in panels) and min(panel.height for panel in panels) > 100

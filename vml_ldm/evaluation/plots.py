@@ -9,6 +9,8 @@ from vml_ldm.evaluation.rows import read_levels
 from vml_ldm.evaluation.table import Group, all_have, difference, has_field, mean
 
 _COLUMNS = 4
+_PANEL = (3.2, 2.6)  # inches
+_LABEL = (1.8, 0.22)  # of a name in the legend
 _COSTS = {"seconds": "seconds for an image", "network_calls": "network calls"}
 
 
@@ -63,16 +65,19 @@ def _draw_panels(groups: Sequence[Group], draw: Callable):
     last = [list(of)[-1] for _, of in groupby(groups, key=lambda group: group.labels[0])]
     width = min(_COLUMNS, len(last))
     height = -(-len(last) // width)
-    figure = Figure(figsize=(3.2 * width, 2.6 * height + 0.6), layout="constrained")
-    panels = list(figure.subplots(height, width, squeeze=False).flat)
     colors = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for group in last for m in group.rows))}
+    per_line = max(1, min(6, int(_PANEL[0] * width / _LABEL[0])))
+    lines = -(-len(colors) // per_line)
+    size = (_PANEL[0] * width, _PANEL[1] * height + 0.2 + _LABEL[1] * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(height, width, squeeze=False).flat)
     for panel, group in zip(panels, last, strict=False):
         draw(panel, group, colors)
     for panel in panels[len(last) :]:
         panel.set_visible(False)
     legends = (panel.get_legend_handles_labels() for panel in panels)
     handles = {label: handle for of in legends for handle, label in zip(*of, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=per_line, frameon=False)
     return figure
 
 
