@@ -254,9 +254,12 @@ def test_what_leaves_most_of_a_picture_open_takes_more_levels_of_fewer_steps_at_
     assert clipped.levels == few.levels
     for many in others:
         assert many.levels > few.levels and many.inner_steps == PRESETS[preset].inner_steps // 2
+    budget = 50 * PRESETS[preset].budget
     for report in (few, *others):
-        budget, spent = 50 * PRESETS[preset].budget, report.calls["denoise"] + report.correct_steps
+        spent = report.calls["denoise"] + report.correct_steps
         assert budget - (report.inner_steps + 1) < spent <= budget  # what is left would pay no other level
+        if (report, preset) != (few, "best"):  # whose levels cost 16, of which the budget of 100 leaves 12
+            assert spent == pytest.approx(budget, rel=0.1)
 
 
 STARTS = {
