@@ -105,7 +105,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
                 (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
-                (at most 8) for a start from noise.
+                (at most 8) where the start is not "measurement".
             memory: as for `VMLInpaintPipeline`.
             pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's
                 noise lets: see `vml_ldm.measuring.settle`. For linear operators; others' images are the decoder's.

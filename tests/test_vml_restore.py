@@ -166,8 +166,9 @@ def test_the_budget_counts_denoiser_evaluations_and_corrections(pipe):
     assert (report.levels, report.correct_steps, report.calls["denoise"], report.solver) == (2, 4, 6, "vml")
     report = told(num_inference_steps=12, inner_steps=2, start="noise")
     assert (report.levels, report.correct_steps, report.calls["denoise"]) == (3, 2, 9)
-    report = told(num_inference_steps=60, inner_steps=12, start="noise")  # a sixth would be 10
-    assert (report.levels, report.correct_steps, report.calls["denoise"]) == (4, 8, 52)
+    for start in ("noise", "outline"):
+        report = told(num_inference_steps=60, inner_steps=12, start=start)  # a sixth would be 10
+        assert (report.levels, report.correct_steps, report.calls["denoise"]) == (4, 8, 52)
     report = told(num_inference_steps=12, inner_steps=2, correct_steps=0)
     assert (report.levels, report.correct_steps, report.calls["denoise"]) == (4, 0, 12)
     report = told(**{**RED, "num_inference_steps": 7})

@@ -13,8 +13,8 @@ EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields 
 THROUGHOUT = "throughout"
 LEAST_NOISE = 0.1  # of the levels of a restoration, in units of the latent
 MOST_NOISE = {"measurement": 1.0, "outline": 3.0}  # of its levels, by where it starts
-_CORRECTING = {"measurement": 1 / 3, "outline": 1 / 3, "noise": 1 / 6}  # of its budget is for corrections
-_MOST_CORRECTIONS = {"noise": 8}  # of what y leaves open they know nothing, and lead it away from the prior
+_CORRECTING = {"measurement": 1 / 3, "outline": 1 / 6, "noise": 1 / 6}  # of its budget is for corrections
+_MOST_CORRECTIONS = {"outline": 8, "noise": 8}  # of what y leaves open they know nothing, and lead it from the prior
 _FEWEST_LEVELS = 4  # a short budget lowers the inner steps before it goes below these
 
 
@@ -31,8 +31,8 @@ class Settings:
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
         correct_steps: corrections of the last estimate by the decoder (`vml_ldm.optimize.correct`), each of which
-            counts as an evaluation. None: a restoration's take a third of the budget, and a sixth, at most 8, where it
-            starts from noise, for what a hole takes is levels.
+            counts as an evaluation. None: a restoration's take a third of the budget where it starts from the
+            measurement, else a sixth, at most 8, for what holes and lost colours take is levels.
         start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration.
         mostly_open: y leaves half or more of the picture open (`vml_ldm.measuring.leaves_most_open`): a level has half
             of its inner steps, unless K is fixed, for what is open comes in over the levels.
