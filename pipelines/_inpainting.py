@@ -20,11 +20,11 @@ from torch.nn.functional import interpolate
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
 from vml_ldm.closeup import Part, parts_near
 from vml_ldm.images import seamless, upright_mask, upright_rgb
-from vml_ldm.measuring import check_std, measure_known, tell
+from vml_ldm.measuring import check_std, measure_known, put_in, tell
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
-from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
@@ -79,7 +79,8 @@ class InpaintingMixin:
         """The settings of a call, whose choices are checked."""
         check_one_of("solver", a.solver, SOLVERS)
         check_one_of("start", a.start, STARTS)
-        chosen = settings(a.preset, **{name: getattr(a, name) for name in EXPLICIT})
+        explicit = {name: getattr(a, name) for name in EXPLICIT}
+        chosen = settings(a.preset, inpaints=True, guided=a.guidance_scale > 1, **explicit)
         parse_memory(a.memory)
         if a.solver == "none" and a.return_report:
             raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
@@ -92,7 +93,7 @@ class InpaintingMixin:
             looked_at = ("solver", "return_report")
             theirs = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in looked_at]
         else:
-            theirs = [p for p in parameters if p.name in ("eta", "guidance_rescale")]
+            theirs = [p for p in parameters if p.name == "eta"]
         ignored = [f"{p.name}={given[p.name]!r}" for p in theirs if not _is_same(given[p.name], p.default)]
         if ignored:
             warnings.warn(f"solver={given['solver']!r} does not look at {', '.join(ignored)}.", stacklevel=5)
@@ -104,7 +105,7 @@ class InpaintingMixin:
         a.frame, batch = self._frame(a)
         frame = a.frame
         if not frame.known.any():
-            chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
+            chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
         levels, inner_steps = self._levels(a, chosen)
         chosen = replace(chosen, inner_steps=inner_steps)
         noise_std = check_std(sigma_y, batch, self._execution_device)
@@ -120,7 +121,8 @@ class InpaintingMixin:
             a.measurement = measured.measurement
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
-            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view)
+            end = None if chosen.proximal is None else lambda image: put_in(image, *a.frame[:2], noise_std)
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
@@ -134,7 +136,8 @@ class InpaintingMixin:
         All of it too where the holes may grow, and where the VAE's decoder is told what the whole picture is.
         """
         may_grow = a.callback_on_step_end is not None and "mask" in a.callback_on_step_end_tensor_inputs
-        if not a.close_up or may_grow or chosen.inner_steps == 0 or isinstance(self.vae, AsymmetricAutoencoderKL):
+        draws = chosen.inner_steps > 0 or chosen.proximal is not None
+        if not a.close_up or may_grow or not draws or isinstance(self.vae, AsymmetricAutoencoderKL):
             return None
         return parts_near(a.frame.known, self.vae_scale_factor)
 
@@ -190,7 +193,7 @@ class InpaintingMixin:
         return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
 
     def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, int]:
-        """The levels, and the inner steps at each.
+        """The levels, and the inner steps at each. Proximal ones are some of the scheduler's.
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
         the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
@@ -203,6 +206,12 @@ class InpaintingMixin:
                 "Raise strength or num_inference_steps."
             )
         count, inner_steps = chosen.split(steps)
+        if chosen.proximal is not None and not explicit:
+            levels = self._plan(a, a.num_inference_steps, chosen.renoise)
+            levels = levels.last(max(1, round(len(levels) * a.strength)))
+            levels = levels.at(spread_levels(levels.noise, count))
+            self._num_timesteps = len(levels)
+            return levels, inner_steps
         levels = self._plan(a, round(count / a.strength) if a.strength > 0 else count, chosen.renoise)
         self._num_timesteps = round(len(levels) * a.strength)
         if self._num_timesteps < 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.proximal import Proximal
 
 
 class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPipeline):
@@ -65,6 +66,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         memory: str | int = "auto",
         close_up: bool = True,
         paste: bool = True,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
         **kwargs,
     ) -> VMLPipelineOutput | tuple:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
+from vml_ldm.proximal import Proximal
 
 
 class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPipeline):
@@ -78,6 +79,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         memory: str | int = "auto",
         close_up: bool = True,
         paste: bool = True,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
         **kwargs,
     ) -> VMLPipelineOutput | tuple:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.proximal import Proximal
 from vml_ldm.red import RedDiff
 from vml_ldm.solve import Solution
 
@@ -61,6 +62,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
         """Find an image that the operator maps to y.
@@ -104,7 +106,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 picture or of its colours open, VML takes more levels of half as many inner steps.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
-                (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
+                (`vml_ldm.proximal.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
                 (at most 8) where the start is not "measurement".
             memory: as for `VMLInpaintPipeline`.
             pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's

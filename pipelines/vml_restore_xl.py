@@ -13,6 +13,7 @@ from torch import Tensor
 from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
+from vml_ldm.proximal import Proximal
 from vml_ldm.red import RedDiff
 from vml_ldm.solve import Solution
 
@@ -73,6 +74,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
         """Find an image that the operator maps to y.

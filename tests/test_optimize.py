@@ -9,7 +9,8 @@ from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
 from vml_ldm.operators import Measurement
-from vml_ldm.optimize import Descent, InnerStep, correct, descend, precondition, secant_length
+from vml_ldm.optimize import Descent, InnerStep, descend, precondition, secant_length
+from vml_ldm.proximal import correct
 
 DOUBLE = {"dtype": torch.float64}
 NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .closeup import CloseUp, Part, drawn_shares, near, whole
-from .images import fill_holes
+from .images import fill_holes, seamless
 from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
-from .optimize import Settle
+from .proximal import Settle
 from .report import Report
 from .solve import Metered, Solution
 
@@ -153,6 +153,25 @@ def settling(measurement: Measurement, noise_std: Tensor) -> Settle | None:
     if not is_linear(measurement.operator):
         return None
     return partial(settle, measurement=measurement, noise_std=noise_std)
+
+
+def put_in(image: Tensor, pixels: Tensor, known: Tensor, noise_std: Tensor) -> Tensor:
+    """The step in pixels of a mask: the known pixels in the image, as far as their noise lets, (B, 3, H, W) in [0, 1].
+
+    The minimiser of ``|y - m x|^2 / (2 sigma_y^2) + |x - image|^2 / (2 s^2)`` has the known pixels with the weight
+    ``w = s^2 / (s^2 + sigma_y^2)``, and s, the image's own error, is read off them: ``s^2 = rms(y - m image)^2 -
+    sigma_y^2``. Beside them what the image missed is carried a pixel or two into the hole (`vml_ldm.images.seamless`).
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        pixels, known: what is known, and where, (B, 1, H, W) in [0, 1], 1 = known.
+        noise_std: (B,), sigma_y as the caller named it.
+    """
+    operator = Mask(known)
+    seen = Measurement(operator, operator(pixels), 1.0)
+    error = (seen.rms(seen.residual(image)) ** 2 - noise_std**2).clamp(min=torch.finfo(image.dtype).tiny)
+    weight = error / (error + noise_std**2)
+    return seamless(pixels, image, known * weight.reshape(-1, 1, 1, 1))
 
 
 def check_std(sigma_y, batch: int, device) -> Tensor:

@@ -49,8 +49,9 @@ class Prior(Protocol):
     ``pull(cotangent)`` multiplies by the transposed Jacobian and is called at most once. A third,
     ``decode_linear(z) -> (image, push, pull)``, gives the Jacobian and its transpose for any number of calls.
 
-    What else a prior may have: ``guide(x_t, z0_hat, alpha, sigma) -> z0_hat`` moves the estimate from which the next
-    state is made (None: no). ``movable(change) -> change`` leaves of a change of x_t what the prior does not know to be
+    What else a prior may have: guidance by a prompt, whose denoiser is ``guided(x_t, alpha, sigma)`` and whose
+    ``push(x_t, z0_hat, alpha, sigma)`` is what it adds to the estimate z0_hat = denoise(x_t) (None: it is not guided).
+    ``movable(change) -> change`` leaves of a change of x_t what the prior does not know to be
     none (None: all). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
     they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
@@ -218,6 +219,11 @@ def vml_loss(
     z0_hat = prior.denoise(x_t, alpha, sigma)
     log_noise = squares(x_t - alpha * z0_hat) / (-2 * sigma**2) - x_t[0].numel() / 2 * math.log(2 * math.pi * sigma**2)
     return measurement.nll(prior.decode(z0_hat)) - prior.log_prob(x_t, alpha, sigma) + log_noise + traces
+
+
+def guided(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+    """``D_w(x_t)``, the prior's estimate with its guidance; `denoise` where it has none."""
+    return getattr(prior, "guided", prior.denoise)(x_t, alpha, sigma)
 
 
 def denoise_pullback(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:

@@ -23,15 +23,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
+from .objective import Prior, decode_linear, decode_pullback, denoise_pullback, guided
 from .operators import Measurement
-from .optimize import JACOBIANS, InnerStep, Settle, correct, descend
+from .optimize import JACOBIANS, InnerStep, descend
+from .proximal import Proximal, Settle, correct, proximal_step
 from .report import Report
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -184,6 +186,7 @@ def vml_map(
     draft_last: bool = False,
     correct_steps: int = 0,
     settle: Settle | None = None,
+    proximal: Proximal | None = None,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -204,8 +207,11 @@ def vml_map(
             the last, whose answer stands. What those levels report of the residual is then the draft's.
         draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
         correct_steps: after the last level, steps that bring its estimate nearer to y without the denoiser, see
-            `vml_ldm.optimize.correct`. 0 is the plain algorithm.
+            `vml_ldm.proximal.correct`. 0 is the plain algorithm.
         settle: a step in pixels that they begin with, images (B, 3, H, W) in [0, 1] -> images nearer to y.
+        proximal: every level ends with a proximal step, through pixels where there is `settle`, and levels of little
+            noise consist of it alone, see `vml_ldm.proximal.Proximal`. None is the plain algorithm. The corrections
+            then take no step in pixels of their own, and the draft's gradients.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -229,6 +235,7 @@ def vml_map(
         draft_last=draft_last,
         correct_steps=correct_steps,
         settle=settle,
+        proximal=proximal,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -263,6 +270,7 @@ def vml_levels(
     draft_last: bool = False,
     correct_steps: int = 0,
     settle: Settle | None = None,
+    proximal: Proximal | None = None,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
@@ -272,32 +280,40 @@ def vml_levels(
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
-    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle)
+    end = partial(_end, full=prior, draft=draft, measurement=measurement, stop_at=stop_at, settle=settle)
+    end = partial(end, proximal=proximal, correct_steps=correct_steps)
+    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, proximal, end)
 
 
-def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle):
+def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, proximal, end):
     count = len(levels)
     for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
-        guide = getattr(prior, "guide", None)
+        alone = proximal is not None and proximal.is_alone(alpha, sigma)
         with torch.no_grad():
             inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
-                steps=inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
+                steps=0 if alone else inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
             )  # fmt: skip
-            if i + 1 == count and correct_steps and alpha > 0:
-                inner = correct(
-                    inner, prior=prior, measurement=measurement, noise=sigma / alpha,
-                    steps=correct_steps, stop_at=stop_at, settle=settle,
-                )  # fmt: skip
-            z0 = inner.z0_hat  # D(x_t)
-            if guide is not None and i + 1 < count:  # the last estimate is the answer: no guidance there
-                z0 = guide(inner.x_t, z0, alpha, sigma)
+            inner = end(inner, prior, alpha, sigma, last=i + 1 == count)
+            z0 = inner.z0_hat  # D(x_t), or what a proximal step made of it
             stopped = i + 1 == count < len(schedule)
             x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps, inner.image)
         yield level
         x_t = level.x_next
+
+
+def _end(inner, prior, alpha, sigma, last, *, full, draft, measurement, stop_at, settle, proximal, correct_steps):
+    """A level's estimate after its proximal step and, at the last level, its corrections."""
+    at = {"measurement": measurement, "stop_at": stop_at}
+    if proximal is not None:
+        at |= {"draft": draft}
+        inner = proximal_step(inner, prior=prior, **at, alpha=alpha, sigma=sigma, how=proximal, settle=settle)
+        at, settle = at | {"refresh": proximal.refresh}, None
+    if last and correct_steps and alpha > 0:
+        inner = correct(inner, prior=full, **at, noise=sigma / alpha, steps=correct_steps, settle=settle)
+    return inner
 
 
 def levels_above(noise: float, schedule: Schedule) -> int:
@@ -374,10 +390,10 @@ class Metered:
         self.pixel_scale = getattr(prior, "pixel_scale", None)
 
     @property
-    def guide(self) -> Callable | None:
+    def push(self) -> Callable | None:
         """The prior's, as it is now: guidance may change between levels."""
-        guide = getattr(self.prior, "guide", None)
-        return guide and (lambda *state: self._timed("denoise", guide, *state))
+        push = getattr(self.prior, "push", None)
+        return push and (lambda *state: self._timed("denoise", push, *state))
 
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"."""
@@ -387,6 +403,11 @@ class Metered:
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
+
+    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """Counts as two calls where the prior is guided: the prompt's and the negative prompt's."""
+        self.calls["denoise"] += self.push is not None
+        return self._timed("denoise", guided, self.prior, x_t, alpha, sigma)
 
     def encode(self, image: Tensor) -> Tensor:
         return self._timed("encode", self.prior.encode, image)

@@ -30,7 +30,7 @@ class Task:
         chosen, preset: the budget's settings, and their name.
         start: one of `RESTORE_STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
-        correct_steps: corrections of the last estimate (`vml_ldm.optimize.correct`).
+        correct_steps: corrections of the last estimate (`vml_ldm.proximal.correct`).
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
