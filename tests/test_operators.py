@@ -200,8 +200,13 @@ def test_forward_mode(operator, shape):
 def test_wrong_image_is_named(operator, shape):
     with pytest.raises(ValueError, match=r"image has shape \(3, 16, 8\).*expected"):
         operator(images()[0])
-    with pytest.raises(ValueError, match=r"\(2, 3, 16, 8\), of the model's size; y has shape \(2, 5\).*expected"):
+    with pytest.raises(ValueError, match=r"16 x 8 pixels, the model's size; y has shape \(2, 5\).*expected"):
         Measurement(operator, torch.zeros(2, 5), 0.1).check(SIZE)
+
+
+def test_y_without_the_batch_s_axis_is_named():
+    with pytest.raises(ValueError, match=r"y has shape \(3, 4, 2\), without the batch's axis; expected \(B, 3, 4, 2\)"):
+        Measurement(Downsample(4), torch.rand(3, 4, 2), 0.1).check(SIZE)
 
 
 @each(BOTH)
@@ -735,7 +740,7 @@ def test_check_names_what_does_not_fit():
     measurement.check(SIZE)
     with pytest.raises(ValueError, match=r"image \(2, 3, 32, 32\) to \(2, 3, 8, 8\), y has shape \(2, 3, 4, 2\)"):
         measurement.check((32, 32))
-    with pytest.raises(ValueError, match=r"\(2, 3, 16, 9\), of the model's size; y has shape.*multiples of 4"):
+    with pytest.raises(ValueError, match=r"16 x 9 pixels, the model's size; y has shape.*multiples of 4"):
         measurement.check((16, 9))
     with pytest.raises(ValueError, match=r"no gradient in its image.*Custom\(forward, vjp\)"):
         Measurement(lambda x: x.detach(), images(), 0.1).check(SIZE)

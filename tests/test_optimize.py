@@ -215,7 +215,17 @@ def test_a_batch_is_what_its_images_are_alone(step):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rule": "adam"}, {"rule": 0.0}, {"rule": float("inf")}, {"precondition": "svd"}, {"cg_steps": 0}]
+    "wrong",
+    [
+        {"rule": "adam"},
+        {"rule": 0.0},
+        {"rule": float("inf")},
+        {"rule": float("nan")},
+        {"rule": True},
+        {"precondition": "svd"},
+        {"cg_steps": 0},
+        {"cg_steps": True},
+    ],
 )
 def test_bad_steps_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):

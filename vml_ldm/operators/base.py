@@ -285,6 +285,11 @@ def check_rho(rho: float | Tensor, b: Tensor) -> Tensor:
     return column(values, b)
 
 
+def is_whole(n, least: int = 0) -> bool:
+    """Whether n is a whole number from `least` up. True and False are none."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= least
+
+
 def check_size(size: Sequence[int]) -> tuple[int, int]:
     """An image's (H, W).
 

@@ -64,7 +64,7 @@ class Measurement:
                 residual = self.residual(image.requires_grad_())
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(
-                f"the operator and y do not fit images {tuple(image.shape)}, of the model's size; "
+                f"the operator and y do not fit images of {size[0]} x {size[1]} pixels, the model's size; "
                 f"y has shape {tuple(self.y.shape)}: {error}"
             ) from error
         if not residual.requires_grad:
@@ -81,6 +81,11 @@ class Measurement:
         """
         with uncast(image):
             seen = self.operator(image)
+        if self.y.ndim == seen.ndim - 1:
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)}, without the batch's axis; expected "
+                f"({', '.join(map(str, ('B', *seen.shape[1:])))}). Of one image pass y[None]."
+            )
         if seen.shape != self.y.shape:
             raise ValueError(
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
