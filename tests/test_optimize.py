@@ -8,7 +8,7 @@ from gaussian import GaussianPrior, Linear, random_problem
 from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
-from vml_ldm.operators import Measurement
+from vml_ldm.operators import Custom, Measurement
 from vml_ldm.optimize import Descent, InnerStep, correct, descend, precondition, secant_length
 
 DOUBLE = {"dtype": torch.float64}
@@ -85,6 +85,15 @@ def test_the_preconditioner_is_the_dense_inverse(prior, operator):
         assert torch.allclose(u[i].flatten(), torch.linalg.solve(n, b[i].flatten()), rtol=1e-7, atol=1e-10)
     if operator is Solving:  # the closed form is for pixels alone
         assert measurement.operator.solved == hasattr(prior, "pixel_scale")
+
+
+@pytest.mark.parametrize("wrap", [lambda custom: custom, lambda custom: lambda x: custom(x) + x.sum()])
+def test_a_preconditioner_needs_an_operator_with_two_derivatives(wrap):
+    _, h, y = random_problem()
+    squared = wrap(Custom(lambda x: Linear(h)(x) ** 2, lambda x, c: Linear(h).adjoint(2 * Linear(h)(x) * c)))
+    measurement, z = Measurement(squared, y, 0.1), draw(1, 1, 1, 6)
+    with pytest.raises(TypeError, match=r"can be differentiated once.*; expected .*precondition='none'"):
+        precondition(z, z, prior=pixels(0.5), measurement=measurement, noise=0.7, cg_steps=2)
 
 
 @pytest.mark.parametrize("cg_steps", [1, 3])

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NoStartError, column, count_values, expect, length_of_rms, squares, start_of, uncast
+from .base import (
+    NoStartError,
+    column,
+    count_values,
+    expect,
+    is_linear,
+    length_of_rms,
+    squares,
+    start_of,
+    uncast,
+)
 from .smoothing import roughness_gradient, solve_smooth
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
@@ -240,11 +250,6 @@ class Measurement:
     def rms(self, residual: Tensor) -> Tensor:
         """(B,): root mean square of a residual over the values that were measured, in units of y."""
         return (squares(residual) / self.count().clamp(min=1)).sqrt()
-
-
-def is_linear(operator) -> bool:
-    """Whether it says that it is linear, and has an adjoint."""
-    return getattr(operator, "linear", False) and hasattr(operator, "adjoint")
 
 
 def solves(operator) -> bool:
