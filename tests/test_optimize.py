@@ -8,7 +8,7 @@ from gaussian import GaussianPrior, Linear, random_problem
 from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
-from vml_ldm.operators import Measurement
+from vml_ldm.operators import Custom, Measurement
 from vml_ldm.optimize import Descent, InnerStep, descend, precondition, secant_length
 from vml_ldm.proximal import correct
 
@@ -86,6 +86,15 @@ def test_the_preconditioner_is_the_dense_inverse(prior, operator):
         assert torch.allclose(u[i].flatten(), torch.linalg.solve(n, b[i].flatten()), rtol=1e-7, atol=1e-10)
     if operator is Solving:  # the closed form is for pixels alone
         assert measurement.operator.solved == hasattr(prior, "pixel_scale")
+
+
+@pytest.mark.parametrize("wrap", [lambda custom: custom, lambda custom: lambda x: custom(x) + x.sum()])
+def test_a_preconditioner_needs_an_operator_with_two_derivatives(wrap):
+    _, h, y = random_problem()
+    squared = wrap(Custom(lambda x: Linear(h)(x) ** 2, lambda x, c: Linear(h).adjoint(2 * Linear(h)(x) * c)))
+    measurement, z = Measurement(squared, y, 0.1), draw(1, 1, 1, 6)
+    with pytest.raises(TypeError, match=r"can be differentiated once.*; expected .*precondition='none'"):
+        precondition(z, z, prior=pixels(0.5), measurement=measurement, noise=0.7, cg_steps=2)
 
 
 @pytest.mark.parametrize("cg_steps", [1, 3])
@@ -216,7 +225,17 @@ def test_a_batch_is_what_its_images_are_alone(step):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rule": "adam"}, {"rule": 0.0}, {"rule": float("inf")}, {"precondition": "svd"}, {"cg_steps": 0}]
+    "wrong",
+    [
+        {"rule": "adam"},
+        {"rule": 0.0},
+        {"rule": float("inf")},
+        {"rule": float("nan")},
+        {"rule": True},
+        {"precondition": "svd"},
+        {"cg_steps": 0},
+        {"cg_steps": True},
+    ],
 )
 def test_bad_steps_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):

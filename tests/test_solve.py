@@ -1,5 +1,7 @@
 """VML-MAP against the closed-form MAP, and the laws of schedules and batches (float64, no network)."""
 
+import math
+
 import pytest
 import torch
 from gaussian import Linear, random_problem
@@ -99,7 +101,17 @@ def test_the_next_state_has_the_next_level_s_noise(renoise):
 
 
 @pytest.mark.parametrize(
-    "scales, renoise", [([], 1.0), ([(1, 0.0)], 1.0), ([(1, 0.5), (1, 0.7)], 1.0), ([(1, 0.5)], 1.5)]
+    "scales, renoise",
+    [
+        ([], 1.0),
+        ([(1, 0.0)], 1.0),
+        ([(1, 0.5), (1, 0.7)], 1.0),
+        ([(1, 0.5)], 1.5),
+        ([(1, 0.5)], math.nan),
+        ([(1, math.nan), (1, 0.1)], 1.0),
+        ([(math.nan, 1), (1, 0.1)], 1.0),
+        ([(1, math.inf), (1, 0.1)], 1.0),
+    ],
 )
 def test_bad_levels_are_refused(scales, renoise):
     with pytest.raises(ValueError, match="expected"):
@@ -108,12 +120,28 @@ def test_bad_levels_are_refused(scales, renoise):
 
 @pytest.mark.parametrize(
     "options",
-    [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}, {"correct_steps": -1}],
+    [
+        {"jacobian": "none"},
+        {"inner_steps": -1},
+        {"inner_steps": 2.5},
+        {"inner_steps": True},
+        {"last_steps": -1},
+        {"correct_steps": -1},
+        {"correct_steps": True},
+        {"stop_at": math.nan},
+        {"stop_at": -1.0},
+    ],
 )
 def test_bad_choices_are_refused_before_any_work(options):
     _, _, y = random_problem()
     with pytest.raises(ValueError, match="expected"):
         solve(start(), y, **options)
+
+
+def test_a_start_for_each_y():
+    _, _, y = random_problem()
+    with pytest.raises(ValueError, match="x_T has 1 images and y 2; expected the same"):
+        solve(start(), torch.cat([y, y]))
 
 
 def test_generators_must_match_the_batch():

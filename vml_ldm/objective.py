@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .operators import Measurement, column, dot, squares, uncast
+from .operators import Measurement, column, dot, is_whole, squares, uncast
 
 PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
@@ -167,7 +167,7 @@ def vml_trace_gradient(
     """
     if alpha <= 0 or sigma <= 0:
         raise ValueError(f"alpha is {alpha} and sigma {sigma}; expected both > 0. Skip this level's traces.")
-    if probes != "all" and not (isinstance(probes, int) and probes >= 1):
+    if probes != "all" and not is_whole(probes, 1):
         raise ValueError(f"probes is {probes!r}; expected a whole number >= 1, or 'all' for the exact trace.")
 
     def trace(view: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from .operators import (
     conjugate_gradients,
     dot,
     is_linear,
+    is_whole,
     length_of_rms,
     normal_of,
     solves,
@@ -81,15 +82,16 @@ class InnerStep:
     cg_steps: int = 5
 
     def __post_init__(self):
-        number = isinstance(self.rule, (int, float)) and 0 < self.rule < float("inf")
-        if not (number or self.rule in RULES or callable(self.rule)):
+        rule = self.rule
+        number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 0 < rule < float("inf")
+        if not (number or rule in RULES or callable(rule)):
             raise ValueError(
                 f"rule is {self.rule!r}; expected 'analytic', 'secant', a step length > 0, or a function "
                 "params -> Optimizer."
             )
         if self.precondition not in PRECONDITIONERS:
             raise ValueError(f"precondition is {self.precondition!r}; expected one of {PRECONDITIONERS}.")
-        if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
+        if not is_whole(self.cg_steps, 1):
             raise ValueError(f"cg_steps is {self.cg_steps!r}; expected a whole number >= 1.")
 
     def begin(self, jacobian: str, noise: float) -> Rule:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .objective import Prior, PullBack, data_term, decode_pullback
-from .operators import Measurement, column
+from .operators import Measurement, column, is_whole
 from .optimize import Descent, Secant, step_length
 
 Settle = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] -> images nearer to y
@@ -69,7 +69,7 @@ class Proximal:
             raise ValueError(f"alone_below is {self.alone_below!r}; expected a noise >= 0, infinity for all levels.")
         for name, least in (("steps", 0), ("refresh", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_whole(value) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number >= {least}.")
 
     def is_alone(self, alpha: float, sigma: float) -> bool:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .objective import Prior, decode_linear, decode_pullback, denoise_pullback, guided
-from .operators import Measurement
+from .operators import Measurement, is_whole
 from .optimize import JACOBIANS, InnerStep, descend
 from .proximal import Proximal, Settle, correct, proximal_step
 from .report import Report
@@ -67,8 +67,8 @@ class Levels:
 
     def __init__(self, scales: Sequence[tuple[float, float]], renoise: float = 1.0):
         check_renoise(renoise)
-        if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
-            raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
+        if not scales or not all(0 <= alpha < math.inf and 0 < sigma < math.inf for alpha, sigma in scales):
+            raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0), all finite.")
         if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in pairwise(scales)):
             raise ValueError(f"scales are {scales}; expected sigma / alpha to fall. Order them from the noisiest.")
         self._scales, self.renoise = [*map(tuple, scales), (1.0, 0.0)], renoise
@@ -275,8 +275,9 @@ def vml_levels(
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
     for steps in (inner_steps, last_steps):
-        check_choices(steps, jacobian)
+        check_choices(steps, jacobian, stop_at)
     check_corrections(correct_steps)
+    check_batch("x_T", x_T, measurement)
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
@@ -326,18 +327,28 @@ def levels_above(noise: float, schedule: Schedule) -> int:
     return count
 
 
-def check_choices(inner_steps: int, jacobian: str) -> None:
+def check_choices(inner_steps: int, jacobian: str, stop_at: float = 1.0) -> None:
     """Raise ValueError for a choice that the solver does not know."""
     if jacobian not in JACOBIANS:
         raise ValueError(f"jacobian is {jacobian!r}; expected one of {JACOBIANS}.")
-    if not isinstance(inner_steps, int) or inner_steps < 0:
+    if not is_whole(inner_steps):
         raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
+    if not stop_at >= 0:
+        raise ValueError(f"stop_at is {stop_at}; expected a number >= 0, in units of sigma_y: 0 never rests.")
 
 
 def check_corrections(steps: int) -> None:
     """Raise ValueError for what is no number of corrections."""
-    if not isinstance(steps, int) or steps < 0:
+    if not is_whole(steps):
         raise ValueError(f"correct_steps is {steps!r}; expected a whole number >= 0, 0 for none.")
+
+
+def check_batch(name: str, x: Tensor, measurement: Measurement) -> None:
+    """Raise ValueError for a state of another number of images than y."""
+    if len(x) != len(measurement.y):
+        raise ValueError(
+            f"{name} has {len(x)} images and y {len(measurement.y)}; expected the same. Repeat one of them."
+        )
 
 
 def check_renoise(renoise: float) -> None:
