@@ -19,10 +19,11 @@ from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
 from vml_ldm.closeup import Part, parts_near
-from vml_ldm.images import seamless, upright_mask, upright_rgb
+from vml_ldm.images import seamless
 from vml_ldm.measuring import check_std, measure_known, put_in, tell
 from vml_ldm.operators import Mask, own
-from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
+from vml_ldm.pipelines._common import check_generators, check_numbers, check_one_of, count_prompts, each
+from vml_ldm.pipelines._pixels import crop_pair, read_frame
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
@@ -78,6 +79,8 @@ class InpaintingMixin:
     def _choose(self, a: SimpleNamespace) -> Settings:
         """The settings of a call, whose choices are checked."""
         check_one_of("solver", a.solver, SOLVERS)
+        if a.solver == "vml":
+            check_numbers(a)
         check_one_of("start", a.start, STARTS)
         explicit = {name: getattr(a, name) for name in EXPLICIT}
         chosen = settings(a.preset, inpaints=True, guided=a.guidance_scale > 1, **explicit)
@@ -148,8 +151,7 @@ class InpaintingMixin:
         if a.padding_mask_crop is not None:
             size |= {"resize_mode": "fill", "crops_coords": self._crop(a)}
             overlay = self._overlay(a, size["crops_coords"])
-        pixels = to_pixels(self._decoded(a.image), self._processor(), **size)
-        known = to_known(a.mask_image, self._processor(do_convert_grayscale=True), **size)
+        pixels, known = read_frame(self._decoded(a), a.mask_image, self._processor(), **size)
         if pixels.shape[2:] != known.shape[2:]:
             raise ValueError(
                 f"`image` has {tuple(pixels.shape[2:])} pixels and `mask_image` {tuple(known.shape[2:])}; "
@@ -162,15 +164,19 @@ class InpaintingMixin:
         check_generators(a.generator, batch)
         return _Frame(pixels, known, overlay), batch
 
-    def _processor(self, **options) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False, **options)
+    def _processor(self) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
 
-    def _decoded(self, image):
-        """Image latents, which stock takes too, as pixels; anything else as it is."""
-        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == self.vae.config.latent_channels:
-            with self._new_prior([{}]) as prior:
-                return prior.decode(image.to(self._execution_device, torch.float32)).clamp(0, 1)
-        return image
+    def _decoded(self, a: SimpleNamespace):
+        """Image latents, which stock takes too, as pixels; any other image as it is."""
+        image, stride = a.image, self.vae_scale_factor
+        shape = (self.vae.config.latent_channels, a.height // stride, a.width // stride)
+        if not (isinstance(image, Tensor) and image.ndim == 4 and image.shape[1:] == shape):
+            return image
+        if not image.isfinite().all():
+            raise ValueError("`image` is latents, with values that are not finite; expected finite ones.")
+        with self._new_prior([{}]) as prior:
+            return prior.decode(image.to(self._execution_device, torch.float32)).clamp(0, 1)
 
     def _crop(self, a: SimpleNamespace) -> tuple[int, int, int, int] | None:
         """The part of the image that `padding_mask_crop` solves for; None (all of it) when nothing is painted."""
@@ -179,12 +185,7 @@ class InpaintingMixin:
                 f"`padding_mask_crop` came with an image that is {type(a.image).__name__} and a mask that is "
                 f"{type(a.mask_image).__name__}; expected PIL images, one of each."
             )
-        a.image, a.mask_image = upright_rgb(a.image), upright_mask(a.mask_image)
-        if a.image.size != a.mask_image.size:
-            raise ValueError(
-                f"`padding_mask_crop` came with an image of {a.image.size} and a mask of {a.mask_image.size} pixels; "
-                "expected the same size. Resize one of them."
-            )
+        a.image, a.mask_image = crop_pair(a.image, a.mask_image)
         if a.mask_image.getbbox() is None:
             return None
         return self.mask_processor.get_crop_region(a.mask_image, a.width, a.height, pad=a.padding_mask_crop)

@@ -465,7 +465,7 @@ def asleep(pipe, monkeypatch):
         ({"height": 60}, "divisible by 8"),
         ({"operator": Crop((32, 32), 0, 0, 8, 8), "y": torch.rand(1, 3, 8, 8)}, "the model's size"),
         ({"operator": lambda x: x.detach(), "y": pictures()}, "has no gradient in its image"),
-        ({"y": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "Divide 8-bit values by 255"),
+        ({"y": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, "`y` is of type int64"),
         ({"y": torch.full((1, 3, 16, 16), torch.nan)}, "`y` has values that are not finite"),
         ({"y": [torch.rand(1, 3, 16, 16), torch.rand(1, 3, 8, 8)]}, "expected one shape"),
         ({"y": np.zeros((16, 16, 7))}, r"array of shape \(16, 16, 7\); expected"),

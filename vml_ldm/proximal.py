@@ -69,7 +69,7 @@ class Proximal:
             raise ValueError(f"alone_below is {self.alone_below!r}; expected a noise >= 0, infinity for all levels.")
         for name, least in (("steps", 0), ("refresh", 1)):
             value = getattr(self, name)
-            if not is_whole(value) or value < least:
+            if not is_whole(value, least):
                 raise ValueError(f"{name} is {value!r}; expected a whole number >= {least}.")
 
     def is_alone(self, alpha: float, sigma: float) -> bool:

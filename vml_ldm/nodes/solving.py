@@ -113,7 +113,8 @@ class VMLInpaint(_SolvingNode):
         sigmas=None, gradient_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_match(model, vae, gradient_vae)
-        pixels, known = pair(to_pixels(image), to_known(mask))
+        known = to_known(mask)
+        pixels, known = pair(to_pixels(image, known), known)
         fit = padded(tuple(pixels.shape[2:]), vae.spacial_compression_decode())
         canvas, seen = fit.bring(pixels, known)
         positive, negative = with_masked_image(model, vae, (positive, negative), canvas, seen)

@@ -108,6 +108,11 @@ class Measurement:
         """(B,): ``|y - A(image)|^2 / (2 sigma_y^2)``, the negative log-likelihood up to a constant."""
         return squares(self.residual(image)) / (2 * self.sigma_y**2)
 
+    def told(self) -> Tensor:
+        """Where y tells something of the image, of y's shape, bool: everywhere but in a mask's missing pixels."""
+        ones = torch.ones_like(self.y)
+        return self.operator.measured(ones) != 0 if hasattr(self.operator, "measured") else ones != 0
+
     def start(self) -> Tensor:
         """(B, 3, H, W) in [0, 1]: the operator's image to begin from, see `LinearOperator.start`.
 
