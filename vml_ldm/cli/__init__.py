@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vml_ldm
 
-from . import app, batch, benchmark, demo, inpaint, restore
+from . import app, batch, benchmark, demo, inpaint, prompts, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_app(commands.add_parser("app", help="a web page for both, on this machine only"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
     _add_benchmark(commands.add_parser("benchmark", aliases=["bench"], help="compare restoration with other solvers"))
+    _add_prompts(commands.add_parser("prompts", help="compare with stock inpainting by what a prompt asks for"))
     return parser
 
 
@@ -255,6 +256,36 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     _add_batch_size(parser)
     parser.set_defaults(run=benchmark.run)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Paint what a prompt asks for into a hole, with stock diffusers inpainting and with ours, and rank the picture "
+        "asked for among all that the bundled checkpoint was trained on. A run that was interrupted goes on where it "
+        "was."
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("vml-ldm-prompts"))
+    parser.add_argument("--short", action="store_true", help="8 prompts, one seed: minutes on a CPU")
+    parser.add_argument("--images", type=_positive, metavar="N", help="prompts (default: 48)")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="for each prompt (default: 2)")
+    parser.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help="comma-separated: stock, balanced, fast, best, each perhaps with a guidance scale as in fast@3 "
+        "(default: stock@7.5,stock@3,balanced,fast,best)",
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER", type=Path, help="of the training pictures (default: npm gets them, into --cache)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="for those and their features (default: DIR-gallery beside -o)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipelines' (50)")
+    _add_precision(parser)
+    _add_model(parser)
+    _add_batch_size(parser)
+    parser.set_defaults(run=prompts.run)
 
 
 def _add_painting(parser: argparse.ArgumentParser) -> None:
