@@ -265,7 +265,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         "was."
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("vml-ldm-prompts"))
-    parser.add_argument("--short", action="store_true", help="8 prompts, one seed: minutes on a CPU")
+    parser.add_argument("--short", action="store_true", help="8 prompts, one seed, fill-white-108: minutes on a CPU")
     parser.add_argument("--images", type=_positive, metavar="N", help="prompts (default: 48)")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="for each prompt (default: 2)")
     parser.add_argument(
@@ -274,6 +274,13 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
         help="comma-separated: stock, balanced, fast, best, each perhaps with a guidance scale as in fast@3 "
         "(default: stock@7.5,stock@3,balanced,fast,best)",
     )
+    parser.add_argument(
+        "--places",
+        metavar="NAMES",
+        help="comma-separated; default: all, fill-white-108, fill-white-84, fill-white-64, fill-blue-108, "
+        "fill-emoji-84 (the side of the hole, of 128), replace, complete",
+    )
+    parser.add_argument("--table", action="store_true", help="only make table and sheets of the rows that are there")
     parser.add_argument(
         "--data", metavar="FOLDER", type=Path, help="of the training pictures (default: npm gets them, into --cache)"
     )

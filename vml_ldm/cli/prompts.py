@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vml_ldm.families import ONE
 
-from .files import UsageError, one_line, open_checkpoint, open_pipeline, open_rows, peak_memory, quiet, refusing
+from .files import UsageError, named, one_line, open_checkpoint, open_pipeline, open_rows, peak_memory, quiet, refusing
 
 _SHORT = {"images": 8, "seeds": 1}
 
@@ -27,11 +27,11 @@ def run(options: argparse.Namespace) -> int:
     pipe = open_pipeline(options, "inpaint", families=ONE)
     try:
         with refusing():
-            table = prompts.run(plan, pipe, rows, _gallery(options, pipe))
+            table = prompts.run(plan, pipe, rows, _gallery(options, pipe), solve=not options.table)
     except KeyboardInterrupt:
         print(f"\nThe rows so far are kept in {options.output}; the same command goes on from there.", file=sys.stderr)
         raise
-    print(f"\n{table}\n{peak_memory()}\nTable, rows and pictures are in {options.output}.")
+    print(f"\n{table}\n{peak_memory()}\nTable, rows, sheets and pictures are in {options.output}.")
     return 0
 
 
@@ -48,15 +48,19 @@ def _gallery(options: argparse.Namespace, pipe):
 
 
 def _chosen(options: argparse.Namespace) -> dict:
-    """Prompts, seeds and methods; what was not asked for is left to the plan.
+    """Prompts, seeds, methods and places; what was not asked for is left to the plan.
 
     Raises:
         ValueError: an unknown method.
     """
     from vml_ldm.evaluation.painters import named_painter
+    from vml_ldm.evaluation.prompts_tasks import PLACES
 
-    chosen = dict(_SHORT) if options.short else {}
+    chosen = {**_SHORT, "places": PLACES[:1]} if options.short else {}
     asked = {"images": options.images, "seeds": options.seeds}
     if options.methods:
         asked["methods"] = tuple(map(named_painter, options.methods.split(",")))
+    known = {str(place): place for place in PLACES}
+    if wanted := named(options.places, tuple(known), "place"):
+        asked["places"] = tuple(map(known.get, wanted))
     return chosen | {name: value for name, value in asked.items() if value is not None}

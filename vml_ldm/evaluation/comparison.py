@@ -41,6 +41,7 @@ _NO_SAY = {
     "pictures",
     "plots",
     "posing",
+    "prompts_sheet",
     "prompts_table",
     "scaling",
     "sheet",

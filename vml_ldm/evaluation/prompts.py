@@ -21,13 +21,13 @@ from vml_ldm.evaluation.comparison import MOST_PSNR, WARM_UP_STEPS, Case
 from vml_ldm.evaluation.cost import measured
 from vml_ldm.evaluation.gallery import Gallery
 from vml_ldm.evaluation.painters import Painted, Painter, Work, named_painter
+from vml_ldm.evaluation.prompts_sheet import draw_sheets
 from vml_ldm.evaluation.prompts_table import prompts_table
-from vml_ldm.evaluation.prompts_tasks import Place, Posed, pose
+from vml_ldm.evaluation.prompts_tasks import PLACES, Place, Posed, pose
 from vml_ldm.evaluation.rows import RowFile
 from vml_ldm.images import from_pil, load_image, seamless
 
 METHODS = tuple(map(named_painter, ("stock@7.5", "stock@3", "balanced", "fast", "best")))
-PLACES = (Place(),)
 _ROUND = 1000  # from a prompt's seed to its next one: more than there are prompts
 _FINE = 2.0  # pixels: standard deviation of the Gaussian above whose scales detail is not fine
 
@@ -38,9 +38,10 @@ class PromptRow:
 
     The first five fields say what was run; `image` is the file of the picture that the prompt names. Then: the rank of
     that picture among all training pictures for the result (`Gallery.ranks`), PSNR of the known pixels before the paste
-    (dB), error at the hole's border after it (`metrics.edge_error`, jumps against the canvas's), energy of the fine
-    scales in the hole over that of the picture asked for, distance to the result of the first seed (None for the
-    first), seconds for one image, calls of the denoiser, and of all networks, forward and backward, for one image.
+    (dB), error at the hole's border after it (`metrics.edge_error`, jumps against those of the canvas, or of the
+    truth), energy of the fine scales in the hole over that of the picture asked for, distance to the result of the
+    first seed (None for the first), seconds for one image, calls of the denoiser, and of all networks, forward and
+    backward, for one image; where there is a truth, PSNR in the hole (dB) and EfficientNet-Lite0 distance.
     """
 
     image: str
@@ -56,6 +57,8 @@ class PromptRow:
     seconds: float
     denoise: int
     calls: int
+    psnr_unknown: float | None = None
+    perceptual: float | None = None
 
     @property
     def first(self) -> float:
@@ -80,28 +83,42 @@ class Plan(comparison.Plan):
     seeds: int = 2
 
 
-def run(plan: Plan, pipe, rows: RowFile[PromptRow], gallery: Gallery) -> str:
+def run(plan: Plan, pipe, rows: RowFile[PromptRow], gallery: Gallery, solve: bool = True) -> str:
     """Run the comparison, write its files into the rows' folder and return the table (Markdown).
 
     The folder gets ``rows.csv`` (appended batch by batch; what stands there already is not run again unless something
-    that could change it has changed), ``results/`` (the pasted images) and ``table.md`` of what there is.
+    that could change it has changed), ``results/`` (the pasted images), and ``table.md`` and ``sheet-PLACE.png`` of
+    what there is, also when it is interrupted.
+
+    Args:
+        solve: False only makes table and sheets of the rows that are there, also of rows that other versions of the
+            package made: for each place and method the version that was recorded last.
     """
     pipe.set_progress_bar_config(disable=True)
-    trial = Prompts(plan, pipe, rows, gallery)
+    trial = Prompts(plan, pipe, rows, gallery, solve)
+    rows.start()
     try:
-        trial.measure_all()
+        if solve:
+            trial.measure_all()
     finally:
         table = trial.table()
         (rows.folder / "table.md").write_text(table + "\n", encoding="utf-8")
+        draw_sheets(trial)
     return table
 
 
 class Prompts(comparison.Comparison):
-    """One plan on one pipeline: measures what the row file lacks, then tabulates."""
+    """One plan on one pipeline: measures what the row file lacks, then tabulates.
 
-    def __init__(self, plan: Plan, pipe, rows: RowFile[PromptRow], gallery: Gallery) -> None:
+    Args:
+        solve: False takes the rows as they were recorded, by whichever version of the package.
+    """
+
+    def __init__(self, plan: Plan, pipe, rows: RowFile[PromptRow], gallery: Gallery, solve: bool = True) -> None:
         self.gallery, self._stamps = gallery, {}
         super().__init__(plan, pipe, rows)
+        made = [] if solve else rows.by_key.values()
+        self._recorded = {(row.place, row.method): row.fingerprint for row in made}
 
     def load_cases(self) -> list[Case]:
         """The first prompts of the list, all with their first seed, then all with their second."""
@@ -119,6 +136,9 @@ class Prompts(comparison.Comparison):
 
     def key(self, method: Painter, place: Place, case: Case) -> tuple:
         return Path(case.name).stem, str(place), method.name, case.seed, self.fingerprint(method, place)
+
+    def fingerprint(self, method: Painter, place: Place) -> str:
+        return self._recorded.get((str(place), method.name)) or super().fingerprint(method, place)
 
     def stamp_of(self, method: Painter) -> str:
         """As `stamp`; of a method that does not use our solver only the sources that it goes through have a say."""
@@ -142,18 +162,25 @@ class Prompts(comparison.Comparison):
         pasted = seamless(posed.image, painted.image, posed.known)
         self.save_pictures(method, place, cases, pasted)
         figures = zip(
-            self.gallery.ranks(pasted, [case.name for case in cases]),
+            self.gallery.ranks(posed.seen(pasted), [case.name for case in cases], place.colour),
             metrics.psnr(painted.image, posed.image, posed.known).clamp(max=MOST_PSNR).tolist(),
-            metrics.edge_error(pasted, posed.image, posed.known).tolist(),
-            sharpness(pasted, posed.asked, 1 - posed.known).tolist(),
+            metrics.edge_error(pasted, posed.around, posed.known).tolist(),
+            sharpness(pasted, posed.target, 1 - posed.known).tolist(),
             self._spreads(method, place, cases, pasted),
             strict=True,
         )
         spent = cost.seconds / len(cases), painted.calls.get("denoise", 0), sum(painted.calls.values())
         return [
-            PromptRow(*self.key(method, place, case), *values, *spent)
-            for case, values in zip(cases, figures, strict=True)
+            PromptRow(*self.key(method, place, case), *values, *spent, *of_truth)
+            for case, values, of_truth in zip(cases, figures, self._of_truth(posed, pasted), strict=True)
         ]
+
+    def _of_truth(self, posed: Posed, pasted: Tensor) -> list[tuple[float, float] | tuple[()]]:
+        """PSNR in the hole and distance of each result; nothing where there is no truth."""
+        if not posed.has_truth:
+            return [()] * len(pasted)
+        psnr = metrics.psnr(pasted, posed.target, 1 - posed.known).clamp(max=MOST_PSNR)
+        return list(zip(psnr.tolist(), self.distance(pasted, posed.target).tolist(), strict=True))
 
     def _paint(self, method: Painter, cases: Sequence[Case], posed: Posed, steps: int | None = None) -> Painted:
         short = {} if steps is None else {"num_inference_steps": steps}

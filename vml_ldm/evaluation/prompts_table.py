@@ -111,6 +111,8 @@ _FIGURES = (
     ("edge error ↓", _of("edge_error"), 4),
     ("sharpness", lambda rows: median(row.sharpness for row in rows), 2),
     ("spread", _of("spread"), 3),
+    ("PSNR unknown (dB) ↑", _of("psnr_unknown"), 2),
+    ("distance ↓", _of("perceptual"), 3),
     ("seconds", _of("seconds"), 2),
     ("denoiser", _of("denoise"), 0),
     ("calls", _of("calls"), 0),
