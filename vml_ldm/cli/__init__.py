@@ -218,7 +218,8 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="comma-separated, others are compared to the first; default: vml, vml-free, red-diff, red-diff-tuned, "
         "start, smooth, bicubic, telea, vae-round-trip. Also: stock (diffusers' "
-        "inpainting), latent-dps, psld, resample, flow-dps, latent-daps, latino, azula-dps, azula-pigdm, azula-mmps, "
+        "inpainting), latent-dps, psld, resample, flow-dps, latent-daps, latino, ding, guess-guide, "
+        "azula-dps, azula-pigdm, azula-mmps, "
         "azula-tmpd, azula-diffpir, and forms of vml: vml-fast, vml-32, vml-40, vml-66, vml-82, vml-best, vml-noise, "
         "vml-outline, vml-full-decoder, vml-small-decoder, vml-small-decoder-free",
     )
@@ -271,8 +272,8 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         metavar="NAMES",
-        help="comma-separated: stock, balanced, fast, best, each perhaps with a guidance scale as in fast@3 "
-        "(default: stock@7.5,stock@3,balanced,fast,best)",
+        help="comma-separated: stock, balanced, fast, best, red-diff, flow-dps, latino, ding, guess-guide, each "
+        "perhaps with a guidance scale as in fast@3 (default: stock@7.5,stock@3,balanced,fast,best)",
     )
     parser.add_argument(
         "--places",

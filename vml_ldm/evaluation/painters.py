@@ -1,4 +1,4 @@
-"""Who paints what a prompt asks for into a hole: diffusers' stock inpainting, ours by preset, or any function."""
+"""Who paints what a prompt asks for into a hole: stock inpainting, ours by preset, other solvers, any function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from vml_ldm.evaluation import tuning
+from vml_ldm.evaluation.peers import Peer
 from vml_ldm.evaluation.stock import Meter, networks_of, stock_of
+from vml_ldm.operators import Mask
+from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
 
 PRESETS = ("balanced", "fast", "best")
+PEERS = ("red-diff", "flow-dps", "latino", "ding", "guess-guide")
+_GUIDANCE = 7.5  # of peers, as the inpainting pipelines have
+_EVALUATIONS = {"ding": 2}  # of the denoiser at a level, for peers that take more than one
+_STEPS = 50  # the pipelines' default
+_TUNED_ON = ("box", 0.01)  # the task whose settings peers take
 _AT = "@"  # between a method's name and its guidance scale
 
 
@@ -89,6 +98,35 @@ class StockPainter(Painter):
 
 
 @dataclass(frozen=True)
+class PeerPainter(Painter):
+    """A solver of `VMLRestorePipeline` on ``y = m * x``, without its last step in pixels.
+
+    Args:
+        evaluations: of the denoiser at a level; so many times fewer levels stand for the steps that were asked for.
+    """
+
+    evaluations: int = 1
+
+    def paint(self, pipe, work: Work, common: dict) -> Painted:
+        restore = VMLRestorePipeline(**pipe.components)
+        restore.set_progress_bar_config(disable=True)
+        steps = common.get("num_inference_steps", _STEPS)
+        with Meter().watch(denoise=restore.unet) as meter:
+            out = restore(
+                list(work.prompts),
+                y=work.known * work.image,
+                operator=Mask(work.known),
+                generator=work.generators(),
+                output_type="pt",
+                pixel_step=False,
+                return_report=True,
+                **work.size,
+                **common | dict(self.arguments) | {"num_inference_steps": max(1, steps // self.evaluations)},
+            )
+        return Painted(out.images.float().cpu(), out.report.calls | meter.calls(len(out.images)))
+
+
+@dataclass(frozen=True)
 class Trial(Painter):
     """Any function as a method.
 
@@ -113,7 +151,7 @@ class Trial(Painter):
 
 
 def named_painter(name: str) -> Painter:
-    """A method by its name: ``stock`` or a preset, then perhaps ``@`` and a guidance scale: ``fast@3``.
+    """A method by its name: ``stock``, a preset or a peer, then perhaps ``@`` and a guidance scale: ``fast@3``.
 
     Raises:
         ValueError: no such method.
@@ -127,7 +165,15 @@ def named_painter(name: str) -> Painter:
         return StockPainter(name, guidance)
     if base in PRESETS:
         return Painter(name, {"preset": base, **guidance})
+    if base in PEERS:
+        arguments = {"guidance_scale": _GUIDANCE, **guidance, "solver": _solver_of(base)}
+        return PeerPainter(name, arguments, _EVALUATIONS.get(base, 1))
     raise ValueError(
-        f"no method is called {name!r}; expected stock or one of {', '.join(PRESETS)}, perhaps with @ and a guidance "
-        "scale, such as stock@3."
+        f"no method is called {name!r}; expected one of {', '.join(('stock', *PRESETS, *PEERS))}, perhaps with @ and a "
+        "guidance scale, such as stock@3."
     )
+
+
+def _solver_of(method: str) -> Peer:
+    """A method of `tuning.GRIDS` with the settings that were best for a hole."""
+    return Peer(method.replace("-", "_"), tuning.tuned(method, *_TUNED_ON))

@@ -11,6 +11,7 @@ it is an argument, and the arguments are looked for on validation images, see `v
     latino          LATINO (Spagnoletti et al., arXiv:2503.12615): decode, proximal step in pixels, encode
     ding            DInG (Moufad et al., arXiv:2512.18365): Gaussian transitions on latent cells, for masks; `ding.py`
     guess_guide     Guess & Guide (Shtanchaev et al., arXiv:2603.07860): fits in pixels; `guess_guide.py`
+    red_diff        our RED-diff, with guidance
 
 A prior's guidance by a prompt is in every estimate that is not differentiated (latent_dps and psld have none).
 An effective sigma_y, as `vml_ldm.measuring.measure` gives it, stands for sigma_y wherever a method asks for one.
@@ -23,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vml_ldm import red
 from vml_ldm.evaluation.ding import ding
 from vml_ldm.evaluation.guess_guide import guess_guide
-from vml_ldm.evaluation.walking import agree, guided, noised, preserving, walk
+from vml_ldm.evaluation.walking import Guiding, agree, guided, noised, preserving, walk
 from vml_ldm.objective import Prior, data_term, denoise_pullback
 from vml_ldm.operators import Measurement, column, conjugate_gradients, is_linear, normal_of, squares
 from vml_ldm.solve import Generators, Metered, Schedule, Solution, noise_like
@@ -235,7 +237,25 @@ def latino(
     return walk(x_T, step, prior, measurement, schedule)
 
 
-PEERS = {f.__name__: f for f in (latent_dps, psld, resample, flow_dps, latent_daps, latino, ding, guess_guide)}
+def red_diff(
+    x_T: Tensor,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    schedule: Schedule,
+    generator: Generators = None,
+    **settings: float,
+) -> Solution:
+    """Our `vml_ldm.red.red_diff` from the operator's start, with the guided estimate; its settings by name."""
+    with torch.no_grad():
+        mu = prior.encode(measurement.start()).to(x_T)
+    given = {"prior": Guiding(prior), "measurement": measurement, "schedule": schedule, "generator": generator}
+    return red.red_diff(mu, **given, **settings)
+
+
+PEERS = {
+    f.__name__: f for f in (latent_dps, psld, resample, flow_dps, latent_daps, latino, ding, guess_guide, red_diff)
+}
 ONLY_LINEAR = ("psld", "latino")
 ONLY_MASKS = ("ding",)
 

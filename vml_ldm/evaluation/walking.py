@@ -31,6 +31,19 @@ def guided(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
     return getattr(prior, "guided", prior.denoise)(x_t, alpha, sigma)
 
 
+class Guiding:
+    """A prior whose estimate is the guided one, for solvers that know of no guidance."""
+
+    def __init__(self, prior: Prior):
+        self._prior = prior
+
+    def __getattr__(self, name: str):
+        return getattr(self._prior, name)
+
+    def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        return guided(self._prior, x_t, alpha, sigma)
+
+
 def noised(z: Tensor, scales: tuple[float, float], generator: Generators) -> Tensor:
     """A clean latent at a level, with fresh noise where the level has any."""
     alpha, sigma = scales
