@@ -6,6 +6,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SPLITS = {"held_out": "held-out.txt", "validation": "validation.txt"}
+_TRAINING, _DRAWN = "training.txt", "prompts.txt"
 
 
 def bundled_model() -> str:
@@ -50,10 +51,23 @@ def example_images(split: str) -> list[tuple[Path, str]]:
     return shipped
 
 
+def training_list() -> list[tuple[str, str]]:
+    """(file, prompt) of every image that the bundled checkpoint was trained on; the images do not ship in the box."""
+    return _read_list(_FOLDER / _TRAINING)
+
+
+def drawn_list() -> list[tuple[str, str]]:
+    """(file, prompt) of training images that text-to-image draws recognisably, in the order in which they were tried.
+
+    The head of the list tells the rule and the command that made it, see `vml_ldm.evaluation.choosing`.
+    """
+    return _read_list(_FOLDER / _DRAWN)
+
+
 def _read_list(path: Path) -> list[tuple[str, str]]:
-    """Read lines ``file.webp<TAB>prompt``; empty lines and lines that start with # are left out."""
+    """Read lines ``file.webp<TAB>prompt`` (more cells may follow), without empty lines and those that start with #."""
     if not path.is_file():
         raise FileNotFoundError(f"no list at {path}. Install vml-ldm again from a complete copy.")
     lines = path.read_text(encoding="utf-8").splitlines()
-    rows = (line.partition("\t") for line in lines if line.strip() and not line.startswith("#"))
-    return [(name.strip(), prompt.strip()) for name, _, prompt in rows]
+    rows = (line.split("\t")[:2] for line in lines if line.strip() and not line.startswith("#"))
+    return [(name.strip(), prompt.strip()) for name, prompt in rows]

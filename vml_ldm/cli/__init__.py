@@ -9,7 +9,7 @@ from pathlib import Path
 
 import vml_ldm
 
-from . import app, batch, benchmark, demo, inpaint, restore
+from . import app, batch, benchmark, demo, inpaint, prompts, restore
 from .files import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_app(commands.add_parser("app", help="a web page for both, on this machine only"))
     _add_demo(commands.add_parser("demo", help="compare with stock inpainting on images kept from training"))
     _add_benchmark(commands.add_parser("benchmark", aliases=["bench"], help="compare restoration with other solvers"))
+    _add_prompts(commands.add_parser("prompts", help="compare with stock inpainting by what a prompt asks for"))
     return parser
 
 
@@ -217,7 +218,8 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="comma-separated, others are compared to the first; default: vml, vml-free, red-diff, red-diff-tuned, "
         "start, smooth, bicubic, telea, vae-round-trip. Also: stock (diffusers' "
-        "inpainting), latent-dps, psld, resample, flow-dps, latent-daps, latino, azula-dps, azula-pigdm, azula-mmps, "
+        "inpainting), latent-dps, psld, resample, flow-dps, latent-daps, latino, ding, guess-guide, "
+        "azula-dps, azula-pigdm, azula-mmps, "
         "azula-tmpd, azula-diffpir, and forms of vml: vml-fast, vml-32, vml-40, vml-66, vml-82, vml-best, vml-noise, "
         "vml-outline, vml-full-decoder, vml-small-decoder, vml-small-decoder-free",
     )
@@ -255,6 +257,43 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: %(default)s)")
     _add_batch_size(parser)
     parser.set_defaults(run=benchmark.run)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Paint what a prompt asks for into a hole, with stock diffusers inpainting and with ours, and rank the picture "
+        "asked for among all that the bundled checkpoint was trained on. A run that was interrupted goes on where it "
+        "was."
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("vml-ldm-prompts"))
+    parser.add_argument("--short", action="store_true", help="8 prompts, one seed, fill-white-108: minutes on a CPU")
+    parser.add_argument("--images", type=_positive, metavar="N", help="prompts (default: 48)")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="for each prompt (default: 2)")
+    parser.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help="comma-separated: stock, balanced, fast, best, red-diff, flow-dps, latino, ding, guess-guide, each "
+        "perhaps with a guidance scale as in fast@3 (default: stock@7.5,stock@3,balanced,fast,best)",
+    )
+    parser.add_argument(
+        "--places",
+        metavar="NAMES",
+        help="comma-separated; default: all, fill-white-108, fill-white-84, fill-white-64, fill-blue-108, "
+        "fill-emoji-84 (the side of the hole, of 128), replace, complete",
+    )
+    parser.add_argument("--table", action="store_true", help="only make table and sheets of the rows that are there")
+    parser.add_argument(
+        "--data", metavar="FOLDER", type=Path, help="of the training pictures (default: npm gets them, into --cache)"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="for those and their features (default: DIR-gallery beside -o)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipelines' (50)")
+    _add_precision(parser)
+    _add_model(parser)
+    _add_batch_size(parser)
+    parser.set_defaults(run=prompts.run)
 
 
 def _add_painting(parser: argparse.ArgumentParser) -> None:

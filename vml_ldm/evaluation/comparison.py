@@ -41,6 +41,8 @@ _NO_SAY = {
     "pictures",
     "plots",
     "posing",
+    "prompts_sheet",
+    "prompts_table",
     "scaling",
     "sheet",
     "table",
@@ -100,14 +102,18 @@ def stack_truth(cases: Sequence[Case]) -> Tensor:
     return torch.stack([case.truth for case in cases])
 
 
-def stamp(plan: Plan, pipe) -> str:
+def stamp(plan: Plan, pipe, modules: Sequence[str] = ()) -> str:
     """Everything beside image, place, method and seed that a row depends on, as text.
 
     That is the checkpoint's files, the package's source, the versions of torch and diffusers, the kind of
     device, the networks' precision, the settings, and whether the perceptual distance can be measured.
+
+    Args:
+        modules: names of the only source files that have a say (none: all have).
     """
     package = Path(vml_ldm.__file__).parent
     sources = [*package.rglob("*.py"), *Path(inspect.getfile(_solving)).parent.glob("*.py")]
+    sources = [source for source in sources if not modules or source.stem in modules]
     versions = [vml_ldm.__version__, torch.__version__, diffusers.__version__]
     parts = {
         "checkpoint": _digest(path for path in Path(plan.model).rglob("*") if path.is_file()),
@@ -140,8 +146,12 @@ class Comparison(ABC):
     def __init__(self, plan: Plan, pipe, rows: RowFile) -> None:
         self.plan, self.pipe, self.rows, self.stamp = plan, pipe, rows, stamp(plan, pipe)
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        self.cases = load_cases(plan, self.size)
+        self.cases = self.load_cases()
         self.distance = metrics.PerceptualDistance() if metrics.has_perceptual_weights() else None
+
+    def load_cases(self) -> list[Case]:
+        """The images to try, see `load_cases`."""
+        return load_cases(self.plan, self.size)
 
     @abstractmethod
     def jobs(self) -> list[tuple[Hashable, object]]:
@@ -161,8 +171,12 @@ class Comparison(ABC):
 
     def fingerprint(self, method, place=None) -> str:
         """Short name of a method and all that its rows depend on beside image, place and seed."""
-        text = self.stamp + json.dumps([method.name, method.settings(place)], default=str)
+        text = self.stamp_of(method) + json.dumps([method.name, method.settings(place)], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def stamp_of(self, method) -> str:
+        """All that a method's rows depend on beside its name, its settings, image, place and seed."""
+        return self.stamp
 
     def is_done(self, method, place, case: Case) -> bool:
         return self.key(method, place, case) in self.rows.by_key

@@ -181,6 +181,7 @@ def _solver(name: str, method: str, settings: Callable[[str, float], tuning.Poin
     """A method of `tuning.GRIDS`, by a name of its own, with the settings for a task and a noise."""
     azula = method.startswith(_AZULA)
     tasks = LINEAR if method in (*peers.ONLY_LINEAR, "azula-pigdm") else TASKS
+    tasks = MASKED if method in peers.ONLY_MASKS else tasks
     arguments = lambda task, sigma_y: _pass_point(method, settings(task, sigma_y))  # noqa: E731
     if method == "stock":
         return Stock(name, arguments, MASKED)

@@ -9,24 +9,28 @@ it is an argument, and the arguments are looked for on validation images, see `v
     flow_dps        decoder-only gradient steps, after FlowDPS (Kim et al., arXiv:2503.08136)
     latent_daps     LatentDAPS (Zhang et al., arXiv:2407.01521): Langevin steps about the estimate, then new noise
     latino          LATINO (Spagnoletti et al., arXiv:2503.12615): decode, proximal step in pixels, encode
+    ding            DInG (Moufad et al., arXiv:2512.18365): Gaussian transitions on latent cells, for masks; `ding.py`
+    guess_guide     Guess & Guide (Shtanchaev et al., arXiv:2603.07860): fits in pixels; `guess_guide.py`
+    red_diff        our RED-diff, with guidance
 
+A prior's guidance by a prompt is in every estimate that is not differentiated (latent_dps and psld have none).
 An effective sigma_y, as `vml_ldm.measuring.measure` gives it, stands for sigma_y wherever a method asks for one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vml_ldm import red
+from vml_ldm.evaluation.ding import ding
+from vml_ldm.evaluation.guess_guide import guess_guide
+from vml_ldm.evaluation.walking import Guiding, agree, guided, noised, preserving, walk
 from vml_ldm.objective import Prior, data_term, denoise_pullback
 from vml_ldm.operators import Measurement, column, conjugate_gradients, is_linear, normal_of, squares
-from vml_ldm.solve import Generators, Metered, Schedule, Solution, conclude, noise_like
-
-Step = Callable[[int, Tensor, float, float], Tensor]  # (level, x_t, alpha, sigma) -> x at the next level
+from vml_ldm.solve import Generators, Metered, Schedule, Solution, noise_like
 
 
 def latent_dps(
@@ -50,7 +54,7 @@ def latent_dps(
         gradient = _gradient_of_norm(z0_hat, prior, measurement)
         return schedule.step(i, x_t, z0_hat, generator) - zeta * pull(gradient)
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
 def psld(
@@ -83,7 +87,7 @@ def psld(
             (gradient,) = torch.autograd.grad(value.sum(), z)
         return schedule.step(i, x_t, z0_hat, generator) - pull(gradient)
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
 def resample(
@@ -115,22 +119,22 @@ def resample(
     count = len(schedule)
 
     def step(i: int, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        z0_hat = prior.denoise(x_t, alpha, sigma)
+        z0_hat = guided(prior, x_t, alpha, sigma)
         x_next = schedule.step(i, x_t, z0_hat, generator)
         if (count - 1 - i) % every:
             return x_next
-        z0_y = _agree(z0_hat, prior, measurement, steps, lr)
+        z0_y = agree(z0_hat, prior, measurement, steps, lr)
         alpha_next, sigma_next = schedule.scales(i + 1)
         if sigma_next == 0:
             return alpha_next * z0_y
-        (a, _), (a_next, s_next) = _preserving(alpha, sigma), _preserving(alpha_next, sigma_next)
+        (a, _), (a_next, s_next) = preserving(alpha, sigma), preserving(alpha_next, sigma_next)
         s2 = gamma * s_next**2 / a**2 * (1 - (a / a_next) ** 2)
         scale = alpha_next / a_next  # from variance preserving to the schedule's own
         mean = (s2 * a_next * z0_y + s_next**2 * x_next / scale) / (s2 + s_next**2)
         spread = (s2 * s_next**2 / (s2 + s_next**2)) ** 0.5
         return scale * (mean + spread * noise_like(x_t, generator))
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
 def flow_dps(
@@ -155,7 +159,7 @@ def flow_dps(
     prior = Metered(prior)
 
     def step(i: int, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        z0_hat = prior.denoise(x_t, alpha, sigma)
+        z0_hat = guided(prior, x_t, alpha, sigma)
         e_hat = (x_t - alpha * z0_hat) / sigma
         z0_y, t = z0_hat, sigma / (alpha + sigma)
         for _ in range(steps):
@@ -168,7 +172,7 @@ def flow_dps(
         e = t_next**0.5 * e_hat + (1 - t_next) ** 0.5 * noise_like(x_t, generator)
         return alpha_next * z0 + sigma_next * e
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
 def latent_daps(
@@ -193,15 +197,15 @@ def latent_daps(
     prior = Metered(prior)
 
     def step(i: int, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        z0_hat = prior.denoise(x_t, alpha, sigma)
+        z0_hat = guided(prior, x_t, alpha, sigma)
         z, variance = z0_hat, (sigma / alpha) ** 2
         eta = column(lr * measurement.sigma_y.square().clamp(max=variance), z)
         for _ in range(steps):
             data = data_term(z, prior=prior, measurement=measurement)
             z = z - eta * (data.gradient + (z - z0_hat) / variance) + (2 * eta).sqrt() * noise_like(z, generator)
-        return _noised(z, schedule.scales(i + 1), generator)
+        return noised(z, schedule.scales(i + 1), generator)
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
 def latino(
@@ -226,15 +230,34 @@ def latino(
     prior = Metered(prior)
 
     def step(i: int, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        image = prior.decode(prior.denoise(x_t, alpha, sigma))
+        image = prior.decode(guided(prior, x_t, alpha, sigma))
         z = prior.encode(_proximal(image, measurement, delta * sigma**2 / (alpha**2 + sigma**2)))
-        return _noised(z, schedule.scales(i + 1), generator)
+        return noised(z, schedule.scales(i + 1), generator)
 
-    return _walk(x_T, step, prior, measurement, schedule)
+    return walk(x_T, step, prior, measurement, schedule)
 
 
-PEERS = {f.__name__: f for f in (latent_dps, psld, resample, flow_dps, latent_daps, latino)}
+def red_diff(
+    x_T: Tensor,
+    *,
+    prior: Prior,
+    measurement: Measurement,
+    schedule: Schedule,
+    generator: Generators = None,
+    **settings: float,
+) -> Solution:
+    """Our `vml_ldm.red.red_diff` from the operator's start, with the guided estimate; its settings by name."""
+    with torch.no_grad():
+        mu = prior.encode(measurement.start()).to(x_T)
+    given = {"prior": Guiding(prior), "measurement": measurement, "schedule": schedule, "generator": generator}
+    return red.red_diff(mu, **given, **settings)
+
+
+PEERS = {
+    f.__name__: f for f in (latent_dps, psld, resample, flow_dps, latent_daps, latino, ding, guess_guide, red_diff)
+}
 ONLY_LINEAR = ("psld", "latino")
+ONLY_MASKS = ("ding",)
 
 
 @dataclass(frozen=True)
@@ -256,21 +279,6 @@ class Peer:
         return PEERS[self.name](x_T, **given, **dict(self.settings))
 
 
-@torch.no_grad()
-def _walk(x_t: Tensor, step: Step, prior: Metered, measurement: Measurement, schedule: Schedule) -> Solution:
-    """Every level's step in turn; the last state is the latent."""
-    started = time.perf_counter()
-    for i in range(len(schedule)):
-        x_t = step(i, x_t, *schedule.scales(i))
-    return conclude(x_t, [], prior, measurement, started)
-
-
-def _noised(z: Tensor, scales: tuple[float, float], generator: Generators) -> Tensor:
-    """A clean latent at a level, with fresh noise where the level has any."""
-    alpha, sigma = scales
-    return alpha * z + sigma * noise_like(z, generator) if sigma else alpha * z
-
-
 def _gradient_of_norm(z: Tensor, prior: Prior, measurement: Measurement) -> Tensor:
     """``grad_z |y - A(Dec(z))|``, image by image."""
     data = data_term(z, prior=prior, measurement=measurement)
@@ -280,27 +288,6 @@ def _gradient_of_norm(z: Tensor, prior: Prior, measurement: Measurement) -> Tens
 def _norm(x: Tensor) -> Tensor:
     """(B,): the length of each item, above 0."""
     return squares(x).clamp(min=1e-20).sqrt()
-
-
-def _agree(z: Tensor, prior: Prior, measurement: Measurement, steps: int, lr: float) -> Tensor:
-    """z after Adam on half the squared residual; an image rests once its residual is at the noise."""
-    z = z.clone()
-    optimizer = torch.optim.Adam([z], lr=lr)
-    for _ in range(steps):
-        data = data_term(z, prior=prior, measurement=measurement)
-        moving = measurement.rms(data.residual) > measurement.sigma_y
-        if not moving.any():
-            break
-        before, z.grad = z.clone(), data.gradient
-        optimizer.step()
-        z.copy_(torch.where(column(moving, z), z, before))
-    return z
-
-
-def _preserving(alpha: float, sigma: float) -> tuple[float, float]:
-    """A level's scales with alpha^2 + sigma^2 = 1."""
-    size = (alpha**2 + sigma**2) ** 0.5
-    return alpha / size, sigma / size
 
 
 def _proximal(image: Tensor, measurement: Measurement, variance: float) -> Tensor:

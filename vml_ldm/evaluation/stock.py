@@ -51,6 +51,21 @@ class Meter:
         self.images[name] += len(given)
 
 
+def stock_of(pipe) -> StableDiffusionInpaintPipeline:
+    """diffusers' pipeline of another one's networks, silent."""
+    parts = {name: getattr(pipe, name) for name in _PARTS}
+    stock = StableDiffusionInpaintPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def networks_of(pipe) -> dict[str, nn.Module]:
+    """What a `Meter` watches, by the names of a report's calls."""
+    return {"denoise": pipe.unet, "encode": pipe.vae.encoder, "decode": pipe.vae.decoder}
+
+
 def inpaint(problem: Problem, pipe, arguments: dict) -> tuple[Tensor, Tensor, Meter]:
     """What diffusers' `StableDiffusionInpaintPipeline` makes of a masked y with a pipeline's own networks.
 
@@ -63,13 +78,8 @@ def inpaint(problem: Problem, pipe, arguments: dict) -> tuple[Tensor, Tensor, Me
         has (`settle`); what it cost.
     """
     known = problem.operator.mask.expand(len(problem.y), -1, -1, -1)
-    parts = {name: getattr(pipe, name) for name in _PARTS}
-    stock = StableDiffusionInpaintPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    stock.set_progress_bar_config(disable=True)
-    networks = {"denoise": stock.unet, "encode": stock.vae.encoder, "decode": stock.vae.decoder}
-    with Meter().watch(**networks) as meter:
+    stock = stock_of(pipe)
+    with Meter().watch(**networks_of(stock)) as meter:
         raw = stock(
             problem.prompts,
             image=(known * problem.y + (1 - known) * _GREY).clamp(0, 1),

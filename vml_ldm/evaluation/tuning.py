@@ -24,6 +24,8 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "flow-dps": {"length": (1.0, 0.3, 3.0, 10.0, 30.0, 100.0), "steps": (3, 1)},
     "latent-daps": {"lr": (0.1, 0.03, 0.3, 1.0, 3.0), "steps": (10, 5)},
     "latino": {"delta": (0.1, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
+    "ding": {"power": (2.0, 1.0), "cells": (0.95, 0.5)},
+    "guess-guide": {"start": (0.4, 0.2, 0.6), "every": (2, 1, 5), "lr": (0.05, 0.02)},
     "azula-dps": {"zeta": (1.0, 0.3, 3.0, 10.0, 0.1)},
     "azula-pigdm": {"eta": (1.0, 0.0)},
     "azula-mmps": {"iterations": (1, 3, 5, 8)},
