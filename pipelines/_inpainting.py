@@ -83,7 +83,8 @@ class InpaintingMixin:
             check_numbers(a)
         check_one_of("start", a.start, STARTS)
         explicit = {name: getattr(a, name) for name in EXPLICIT}
-        chosen = settings(a.preset, inpaints=True, guided=a.guidance_scale > 1, **explicit)
+        about = {"inpaints": True, "guided": a.guidance_scale > 1, "drafts": self._has_draft(a)}
+        chosen = settings(a.preset, **about, **explicit)
         parse_memory(a.memory)
         if a.solver == "none" and a.return_report:
             raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")

@@ -92,7 +92,7 @@ class RestoringMixin:
         if a.red is not None and a.solver != "red-diff":
             raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
         if a.solver == "vml":
-            return settings(a.preset, guided=a.guidance_scale > 1, **given)
+            return settings(a.preset, guided=a.guidance_scale > 1, drafts=self._has_draft(a), **given)
         renoise = given.pop("renoise") if callable(a.solver) else None
         for name, value in given.items():
             if value is not None:

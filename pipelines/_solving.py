@@ -302,7 +302,7 @@ class SolvingMixin:
         steps = chosen.inner_steps > 0
         decoder = steps or (chosen.proximal is not None and chosen.corrections(a.num_inference_steps) > 0)
         denoiser = steps and chosen.jacobian == "exact"
-        draft = self.gradient_vae if self._is_drafting(a, chosen) else None
+        draft = self.gradient_vae if self._has_draft(a) else None
         draft_last = chosen.use_gradient_vae == THROUGHOUT or (chosen.proximal is not None and draft is not None)
 
         @cache
@@ -327,11 +327,11 @@ class SolvingMixin:
         _say(fitted, a.memory)
         return (replace(chosen, jacobian="free") if prior.plan.free else chosen), fitted
 
-    def _is_drafting(self, a: SimpleNamespace, chosen: Settings) -> bool:
+    def _has_draft(self, a: SimpleNamespace) -> bool:
         """Whether levels draw with the small decoder."""
         if getattr(a, "solver", "vml") != "vml":
             return False
-        return self.gradient_vae is not None if chosen.use_gradient_vae is None else bool(chosen.use_gradient_vae)
+        return self.gradient_vae is not None if a.use_gradient_vae is None else bool(a.use_gradient_vae)
 
     def _noise(self, a: SimpleNamespace, like: Tensor) -> Tensor:
         """x_T (B, c, h, w) float32 of noise alone, in the scaling of the scheduler's first level."""
@@ -359,7 +359,7 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=view(prior.drafting(self._draft(prior.prior))) if self._is_drafting(a, chosen) else None,
+            draft=view(prior.drafting(self._draft(prior.prior))) if self._has_draft(a) else None,
             draft_last=chosen.use_gradient_vae == THROUGHOUT,
             correct_steps=chosen.corrections(a.num_inference_steps),
             settle=settle,

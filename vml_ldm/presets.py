@@ -174,7 +174,7 @@ PROXIMAL_PRESETS = {
 _PLAIN = ("inner_steps", "jacobian")  # who names one of these asks for inner steps alone
 
 
-def settings(preset: str, inpaints: bool = False, guided: bool = False, **explicit) -> Settings:
+def settings(preset: str, inpaints: bool = False, guided: bool = False, drafts: bool = True, **explicit) -> Settings:
     """The preset with the arguments that are not None in place of its own.
 
     Args:
@@ -183,6 +183,8 @@ def settings(preset: str, inpaints: bool = False, guided: bool = False, **explic
             steps or their Jacobian. Otherwise they are only where `proximal` asks for it.
         guided: the prior is guided: proximal levels then take no inner steps, unless the call names them. The pull-back
             through the denoiser lets the measurement have its way where the prompt should.
+        drafts: there is a small decoder. Without one proximal levels take no gradient through the decoder, which would
+            cost more than all else: no inner steps, unless the call names them, and no corrections.
         explicit: fields of `Settings`; `proximal` may also be True, the preset's, or False, none.
 
     Raises:
@@ -199,8 +201,8 @@ def settings(preset: str, inpaints: bool = False, guided: bool = False, **explic
     chosen = PRESETS[preset] if proximal is False else PROXIMAL_PRESETS[preset]
     if isinstance(proximal, Proximal):
         given["proximal"] = proximal
-    if guided and chosen.proximal is not None:
-        chosen = replace(chosen, inner_steps=0)
+    if chosen.proximal is not None and (guided or not drafts):
+        chosen = replace(chosen, inner_steps=0, correct_share=chosen.correct_share if drafts else 0.0)
     chosen = replace(chosen, fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
     if chosen.correct_steps is not None:
