@@ -96,8 +96,8 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, return_report: as for
-                `VMLInpaintPipeline`.
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, proximal, return_report: as
+                for `VMLInpaintPipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

@@ -79,10 +79,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
           short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
           `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
           and share the budget: K is lowered to what it pays, but not below 1.
-        - `guidance_scale` is 1, none: the estimate is conditioned on the prompt alone, and y says the rest. (Guidance
-          moves the state handed to the next level, by no more than a tenth of that level's noise. On 16 validation
-          images a scale of 7.5 cost 0.4 dB where half of a picture is missing, 0.1 dB in other tasks.) RED-diff takes
-          none.
+        - `guidance_scale` is 1, none: y says the rest. A larger one means what it means in stock: the prior is guided,
+          and the solver seeks its mode under y. RED-diff takes none.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.
 
         Args:
@@ -111,6 +109,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
             memory: as for `VMLInpaintPipeline`.
             pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's
                 noise lets: see `vml_ldm.measuring.settle`. For linear operators; others' images are the decoder's.
+            proximal: True or a `vml_ldm.Proximal`: levels of VML end with a proximal step, in pixels for linear
+                operators, by the decoder for others. None and False: they do not.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 

@@ -88,7 +88,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
             operator: image (B, 3, height, width) float32 in [0, 1] -> y, differentiable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; None is 0.
             solver, start, preset, jacobian, inner_steps, correct_steps, renoise, use_gradient_vae, memory, pixel_step,
-                red, return_report: as for `VMLRestorePipeline`.
+                red, proximal, return_report: as for `VMLRestorePipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report
