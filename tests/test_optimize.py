@@ -291,9 +291,9 @@ def test_a_step_does_not_rely_on_a_gradient_that_outgrows_those_it_is_made_of():
 def test_no_trial_is_further_than_the_level_s_noise():
     rule = InnerStep("secant").begin("exact", noise=0.5)
     v, long = torch.ones(1, 1, 2, 2), lambda d, v: torch.tensor([7.0])
-    d, eta = rule(torch.zeros_like(v), v, long)
+    d, eta = rule(torch.zeros_like(v), v, long, torch.ones(1, dtype=torch.bool))
     assert (eta * d).square().mean().sqrt() == 0.5
-    rule(torch.zeros_like(v), 2 * v, long)  # v rises: the next trial's length is `long` again
+    rule(torch.zeros_like(v), 2 * v, long, torch.ones(1, dtype=torch.bool))  # v rises: the next trial's length is `long` again
     assert (rule.eta * rule.d).square().mean().sqrt() == pytest.approx(0.5)
 
 
@@ -341,10 +341,10 @@ def test_a_secant_step_is_bounded_where_its_trial_was_not_as_it_should_be():
         asked.append(d)
         return torch.full((2,), 0.5, **DOUBLE)
 
-    d, eta = rule(torch.zeros_like(v), v, length)
+    d, eta = rule(torch.zeros_like(v), v, length, torch.ones(2, dtype=torch.bool))
     assert torch.equal(d, v) and eta.tolist() == [0.5, 0.5]
     v_trial = torch.tensor([0.5, 1.5], **DOUBLE).reshape(2, 1, 1, 1)
-    move, one = rule(d * 0.5, v_trial, length)
+    move, one = rule(d * 0.5, v_trial, length, torch.ones(2, dtype=torch.bool))
     assert one.tolist() == [1, 1] and len(asked) == 2
     ends = [1.0, 0.5]  # twice the trial, where v is 0; at the trial
     beta = 1.5 * (1.5 - 1)  # of Polak and Ribiere, for the second; the first has v = 0 and goes nowhere
@@ -415,3 +415,26 @@ def test_a_corrected_batch_is_what_its_images_are_alone():
         alone = Measurement(at["measurement"].operator, at["measurement"].y[i : i + 1], 0.1)
         _, found = corrected({**at, "measurement": alone}, x_t[i : i + 1], steps=8, stop_at=2.0)
         assert torch.allclose(found.z0_hat, together.z0_hat[i : i + 1], atol=1e-10)
+
+
+def test_an_image_at_rest_asks_for_no_decode():
+    """Problems with operators of other sizes come to rest one by one; each counts its decodes as it would alone."""
+    prior, h, y = random_problem()
+    clear = y.clone()
+    at = {"alpha": 0.8, "sigma": 0.6, "steps": 8, "stop_at": 1.0}
+    x_t = torch.randn(2, 1, 1, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    drawn = []
+
+    class Counting(GaussianPrior):
+        def decode(self, z):
+            drawn.append(len(z))
+            return z
+
+    def decodes(rows, sigma_y) -> int:
+        drawn.clear()
+        measurement = Measurement(Linear(h), clear.expand(len(rows), -1, -1, -1), torch.tensor(sigma_y))
+        descend(x_t[rows], prior=Counting(prior.mean, prior.cov), measurement=measurement, **at)
+        return len(drawn)
+
+    resting, moving = decodes([0], [100.0]), decodes([1], [1e-3])
+    assert resting == 1 and decodes([0, 1], [100.0, 1e-3]) == moving

@@ -1,5 +1,6 @@
 """VML-MAP against the closed-form MAP, and the laws of schedules and batches (float64, no network)."""
 
+import json
 import math
 
 import pytest
@@ -232,3 +233,16 @@ def test_a_draft_serves_all_levels_but_the_last():
     throughout = run(draft=prior, draft_last=True)
     assert torch.equal(plain.latent, throughout.latent)
     assert throughout.calls["draft"] == 4 * 2 * 3 and throughout.calls["decode"] == 1
+
+
+def test_a_trace_is_json_also_where_a_level_draws_nothing():
+    """Levels without inner steps, and those where the state says nothing of z0, have no residual: null, not NaN."""
+    prior, h, y = random_problem()
+    measurement = Measurement(Linear(h), y, 0.1)
+    x_T = torch.randn(1, 1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    schedule = Levels([(0.0, 1.0), (0.8, 0.6)])
+    for steps in (0, 2):
+        found = vml_map(x_T, prior=prior, measurement=measurement, schedule=schedule, inner_steps=steps)
+        again = json.loads(json.dumps(found.trace, allow_nan=False))
+        assert again == found.trace and again[0]["residual"] == [None]
+        assert (again[1]["residual"] == [None]) == (steps == 0)

@@ -175,7 +175,7 @@ def descend(
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
         v = movable(-alpha * pull(b))
-        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
+        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian), moving)
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
     return Descent(x_t, prior.denoise(x_t, alpha, sigma) + push, residual, nll, taken, image)
@@ -187,7 +187,7 @@ class _Conjugate:
     def __init__(self):
         self.v_last = self.d_last = None
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
         self.v_last, self.d_last = v, d
         return d, length(d, v)
@@ -208,13 +208,13 @@ class Secant:
         self.noise = noise
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         if self.v is None:
             self.v, self.d, self.eta = v, v, self._within_noise(length(v, v), v)
             return self.d, self.eta
         eta, v_end, believed = secant_length(self.v, v, self.d, self.eta)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
-        if not believed.all():
+        if not (believed | ~moving).all():  # an image at rest asks for no decode
             trial = torch.where(believed, trial, length(d, v_end))
         trial = self._within_noise(trial, d)
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
@@ -233,7 +233,7 @@ class _Fixed:
     def __init__(self, eta: float):
         self.eta = eta
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         return v, v.new_full((len(v),), self.eta)
 
 
@@ -243,7 +243,7 @@ class _Optimised:
     def __init__(self, factory: OptimizerFactory):
         self.factory, self.x, self.optimizer = factory, None, None
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         if self.optimizer is None:
             self.x = torch.empty_like(x)
             self.optimizer = self.factory([self.x])
@@ -253,7 +253,7 @@ class _Optimised:
         return self.x - x, v.new_ones(len(v))
 
 
-Rule = _Conjugate | Secant | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
+Rule = _Conjugate | Secant | _Fixed | _Optimised  # (x, v, length, moving (B,)) -> (direction, eta (B,)), in VE units
 
 
 def precondition(

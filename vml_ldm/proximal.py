@@ -180,7 +180,7 @@ def _by_decoder(inner: Descent, s, prior, measurement, noise, steps, stop_at, dr
             break
         v = (inner.z0_hat - z) / s**2 - data.gradient
         at = {"prior": decoder, "measurement": measurement, "noise": s, "jacobian": "free"}
-        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at))
+        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at), moving)
         z = z + column(eta * moving, d) * d
     return inner._replace(z0_hat=z)
 

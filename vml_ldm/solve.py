@@ -127,7 +127,8 @@ class Solution:
         image: (B, 3, H, W), clamped to [0, 1].
         latent: (B, c, h, w), the last clean estimate.
         residual: (B,), rms of y - A(image before the clamp), in units of y.
-        trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch.
+        trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch; None where a level
+            drew nothing.
         calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode"; with a
             preconditioner "decode_jvp"; with a draft "draft", "draft_vjp", for its decoder.
         seconds: the time spent in each of them, and "total".
@@ -358,12 +359,13 @@ def check_renoise(renoise: float) -> None:
 
 
 def record(level: Level) -> dict:
-    """A level's figures as plain numbers."""
+    """A level's figures as plain numbers; None where nothing was drawn, so that the trace is JSON."""
+    plain = lambda values: [x if math.isfinite(x) else None for x in values.tolist()]  # noqa: E731
     return {
         "alpha": level.alpha,
         "sigma": level.sigma,
-        "residual": level.residual.tolist(),
-        "nll": level.nll.tolist(),
+        "residual": plain(level.residual),
+        "nll": plain(level.nll),
         "steps": level.steps.tolist(),
     }
 
