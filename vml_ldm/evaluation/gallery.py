@@ -63,17 +63,22 @@ class Gallery:
     resolution, 320 channels, averaged over its 7 x 7 places.
 
     Args:
-        folder: with the pictures of `training_list`.
+        folder: with the pictures.
         size: of their sides, in pixels.
         cache: folder for the features, which take minutes.
+        listed: (file, name) of other pictures than those of `training_list`.
 
     Attributes:
         names, prompts: of the pictures, in the list's order.
+
+    Raises:
+        FileNotFoundError: the folder lacks a picture.
+        ModuleNotFoundError: the package with the network's weights is not installed.
     """
 
-    def __init__(self, folder: Path, size: int, cache: Path) -> None:
+    def __init__(self, folder: Path, size: int, cache: Path, listed: Sequence[tuple[str, str]] | None = None) -> None:
         self.folder, self.size, self.cache = Path(folder), size, Path(cache)
-        self.names, self.prompts = zip(*training_list(), strict=True)
+        self.names, self.prompts = zip(*(listed or training_list()), strict=True)
         if missing := [name for name in self.names if not (self.folder / name).is_file()]:
             raise FileNotFoundError(f"{folder} lacks {missing[0]} and perhaps others; expected {PACKAGE}'s pictures.")
         self._place = {name: place for place, name in enumerate(self.names)}

@@ -80,7 +80,7 @@ class Painter:
 class StockPainter(Painter):
     """diffusers' `StableDiffusionInpaintPipeline` with the same networks."""
 
-    modules = ("comparison", "gallery", "metrics", "painters", "prompts", "prompts_tasks", "stock", "images")
+    modules = ("comparison", "gallery", "images", "metrics", "painters", "prompts", "prompts_tasks", "stock", "tasks")
 
     def paint(self, pipe, work: Work, common: dict) -> Painted:
         stock = stock_of(pipe)
@@ -108,7 +108,7 @@ class PeerPainter(Painter):
     evaluations: int = 1
 
     def paint(self, pipe, work: Work, common: dict) -> Painted:
-        restore = VMLRestorePipeline(**pipe.components)
+        restore = VMLRestorePipeline(**pipe.components, requires_safety_checker=False)
         restore.set_progress_bar_config(disable=True)
         steps = common.get("num_inference_steps", _STEPS)
         with Meter().watch(denoise=restore.unet) as meter:
