@@ -125,7 +125,11 @@ class InpaintingMixin:
             a.measurement = measured.measurement
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
-            end = None if chosen.proximal is None else lambda image: put_in(image, a.frame.pixels, a.frame.known, noise_std)
+            end = (
+                None
+                if chosen.proximal is None
+                else lambda image: put_in(image, a.frame.pixels, a.frame.known, noise_std)
+            )
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)

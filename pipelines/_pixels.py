@@ -56,7 +56,8 @@ def read_frame(image, mask, processor: VaeImageProcessor, **size) -> tuple[Tenso
     pixels = settle_range([part.values for part in images], _known(images, painted), "image")
     resized = [_sized(*found, processor, size) for found in zip(images, pixels, strict=True)]
     white = [_sized(*found, processor, size) for found in zip(masks, painted, strict=True)]
-    return _joined([part.expand(-1, 3, -1, -1) for part in resized]), 1 - _joined(white).clamp(0, 1)
+    known = 1 - _joined([part[:, :1] for part in white]).clamp(0, 1)  # a crop of a mask comes back with three channels
+    return _joined([part.expand(-1, 3, -1, -1) for part in resized]), known
 
 
 def crop_pair(image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:

@@ -293,7 +293,9 @@ def test_no_trial_is_further_than_the_level_s_noise():
     v, long = torch.ones(1, 1, 2, 2), lambda d, v: torch.tensor([7.0])
     d, eta = rule(torch.zeros_like(v), v, long, torch.ones(1, dtype=torch.bool))
     assert (eta * d).square().mean().sqrt() == 0.5
-    rule(torch.zeros_like(v), 2 * v, long, torch.ones(1, dtype=torch.bool))  # v rises: the next trial's length is `long` again
+    rule(
+        torch.zeros_like(v), 2 * v, long, torch.ones(1, dtype=torch.bool)
+    )  # v rises: the next trial's length is `long` again
     assert (rule.eta * rule.d).square().mean().sqrt() == pytest.approx(0.5)
 
 

@@ -23,6 +23,7 @@ _MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder c
 _LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
 NEAR = 3e-3  # tolerance of the smooth images: their rms is then wrong by about as much as 8 bits round
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
+_LEAST_KNOWN = 1 / 255  # and known pixels, which are pasted, ask for no more than the last of 8 bits
 
 
 class Measured(NamedTuple):
@@ -52,6 +53,7 @@ def measure(
     seen: Tensor | None = None,
     latent: Tensor | None = None,
     share: float = _VAE_SHARE,
+    least: float = _LEAST_SIGMA_Y,
 ) -> Measured:
     """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
 
@@ -67,6 +69,7 @@ def measure(
             noise or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
         latent: (B, c, h, w), of the image, where it is there already.
         share: of vae_error, in the solver's sigma_y.
+        least: what that is at the least.
     """
     if seen is None:
         with uncast(image):
@@ -74,7 +77,7 @@ def measure(
     latent = prior.encode(image) if latent is None else latent
     before = Measurement(operator, seen, 1.0)
     vae_error = before.rms(before.residual(prior.decode(latent)))
-    effective = (noise_std**2 + (share * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
+    effective = (noise_std**2 + (share * vae_error) ** 2).sqrt().clamp(min=least)
     return Measured(Measurement(operator, y, effective), vae_error, latent)
 
 
@@ -97,7 +100,9 @@ def measure_known(
         known = known * near(parts, known, known.shape[2] // latent.shape[2])
     operator = Mask(known)
     y = operator(image)
-    measured = measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE)
+    measured = measure(
+        operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE, least=_LEAST_KNOWN
+    )
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
 
 
