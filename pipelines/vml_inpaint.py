@@ -80,9 +80,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
         - `num_inference_steps` are the scheduler's levels, of which the preset solves some: of 50, "fast" and
           "balanced" eight, "best" sixteen, and four at least. `num_timesteps`, the progress bar and callbacks count
-          those. Explicit `timesteps` or `sigmas` are the levels themselves. Without proximal levels the steps are a budget of
-          denoiser evaluations: a level of K inner steps takes K + 1, and unless `inner_steps` is given, the last one
-          2 K steps and a short budget a lower K.
+          those. Explicit `timesteps` or `sigmas` are the levels themselves. Without proximal levels the steps are a
+          budget of denoiser evaluations: a level of K inner steps takes K + 1, and unless `inner_steps` is given, the
+          last one 2 K steps and a short budget a lower K.
         - `guidance_scale` means what it means in stock, at every value: the prior is guided, and the solver seeks its
           mode under the known pixels (see `vml_ldm.guidance`). Guided levels take no steps through the denoiser.
         - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
