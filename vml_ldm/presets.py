@@ -164,13 +164,12 @@ PRESETS = {
 
 
 _BELOW = Proximal(alone_below=1.0, refresh=4)
+_BELOW = Proximal(alone_below=1.0, refresh=4)
 # With proximal levels: chosen on validation images, by what the prompt asks for and by the truth at once.
 PROXIMAL_PRESETS = {
     "fast": Settings(budget=1.0, inner_steps=0, levels=0.16, proximal=Proximal()),
-    "balanced": Settings(
-        budget=1.0, inner_steps=1, levels=0.16, correct_share=0.16, proximal=Proximal(alone_below=1.0)
-    ),
-    "best": Settings(budget=1.0, inner_steps=1, levels=0.32, correct_share=0.16, proximal=Proximal(alone_below=1.0)),
+    "balanced": Settings(budget=1.0, inner_steps=1, levels=0.16, correct_share=0.16, proximal=_BELOW),
+    "best": Settings(budget=1.0, inner_steps=1, levels=0.32, correct_share=0.16, proximal=_BELOW),
 }
 _PLAIN = ("inner_steps", "jacobian")  # who names one of these asks for inner steps alone
 
