@@ -164,7 +164,6 @@ PRESETS = {
 
 
 _BELOW = Proximal(alone_below=1.0, refresh=4)
-_BELOW = Proximal(alone_below=1.0, refresh=4)
 # With proximal levels: chosen on validation images, by what the prompt asks for and by the truth at once.
 PROXIMAL_PRESETS = {
     "fast": Settings(budget=1.0, inner_steps=0, levels=0.16, proximal=Proximal()),
