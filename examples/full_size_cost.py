@@ -211,7 +211,7 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     ends = [
         (1, _of(found, "encode", plan)),
         (2, _of(found, "decode", plan)),
-        (2 * levels - 1, _of(found, "UNet", plan)),
+        (2 * levels, _of(found, "UNet", plan)),
     ]
     return _add_up([*steps, *ends])
 

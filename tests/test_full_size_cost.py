@@ -51,7 +51,7 @@ def made_up(cost, **seconds):
 
 def test_whole_images_add_up(cost):
     levels, inner = PRESETS["balanced"].split(cost.STEPS)
-    found, others = made_up(cost), (2 * levels - 1) + 1 + 2
+    found, others = made_up(cost), 2 * levels + 1 + 2
     steps = (levels + 1) * inner  # the last level takes twice as many
     exact = 1 + cost.LENGTHS  # a gradient, and decodes for the step's length
     assert cost.whole_image(found, "balanced", "low", None) == (pytest.approx(steps * exact + others), 1)
@@ -77,3 +77,21 @@ def test_what_was_reached_is_told(cost, capsys):
     found["step", "low"]["peak"] = 100
     cost.tell_whole(found)
     assert """memory="low", the fastest within 1.5 x of stock's peak: none""" in capsys.readouterr().out
+
+
+def test_inpaintings_add_up_by_preset(cost):
+    """With guidance a pass of two and no graph of the UNet; without, a step at the levels of noise 1 and above."""
+    found, levels = made_up(cost), round(0.16 * cost.STEPS)
+    ends = (levels + 1) + 3  # encodes, and decodes of the VAE's own error, the last level and the answer
+    fast = 2 * levels - 1 + ends
+    for guided, call in ((True, "UNet, batch of 2"), (False, "UNet")):
+        found[call, "one graph"] |= {"seconds": 2.0}
+        assert cost.inpainted_image(found, "fast", guided, True, "one graph") == (pytest.approx(fast + levels), 1)
+        found[call, "one graph"] |= {"seconds": 1.0}
+    corrected = 8 * (1 + cost.LENGTHS) + 2
+    assert cost.inpainted_image(found, "balanced", True, True, "low")[0] == pytest.approx(fast + corrected)
+    noisy = sum(sigma >= alpha for alpha, sigma in cost.scales_of(levels))
+    assert cost.inpainted_image(found, "balanced", False, True, "low")[0] == pytest.approx(fast + corrected + 2 * noisy)
+    assert cost.inpainted_image(found, "balanced", False, False, "low") == cost.inpainted_image(
+        found, "fast", False, False, "low"
+    )
