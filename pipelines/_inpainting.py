@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
+from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, draws_parts, parse_memory
 from vml_ldm.closeup import Part, parts_near
 from vml_ldm.images import seamless
 from vml_ldm.measuring import check_std, measure_known, put_in, tell
@@ -117,8 +117,13 @@ class InpaintingMixin:
         dtype = tensors["prompt_embeds"].dtype
         prior = self._prior(a, tensors, batch)
         prior.told = frame.told()
+        fit = lambda parts: self._fit(a, prior, chosen, Mask(frame.known), frame.pixels, parts)  # noqa: E731
         parts = self._parts(a, chosen)
-        chosen, fitted = self._fit(a, prior, chosen, Mask(frame.known), frame.pixels, parts)
+        solved, fitted = fit(parts)
+        if parts is not None and prior.plan.tiles is not None:  # each tile has norms of its own, so a part has too
+            parts = None
+            solved, fitted = fit(parts)
+        chosen = solved
         with prior:
             metered = Metered(prior)
             measured = measure_known(frame.pixels, frame.known, noise_std, metered, parts)
@@ -132,7 +137,7 @@ class InpaintingMixin:
             )
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
-            solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)
+            solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         about |= {"last_steps": chosen.last_steps}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
@@ -141,13 +146,17 @@ class InpaintingMixin:
     def _parts(self, a: SimpleNamespace, chosen: Settings) -> list[Part] | None:
         """The parts of the picture that steps draw, see `vml_ldm.closeup`; None: all of it.
 
-        All of it too where the holes may grow, and where the VAE's decoder is told what the whole picture is.
+        All of it too where the holes may grow, where the VAE's decoder is told what the whole picture is, and where it
+        does not draw a part as in the whole (`draws_parts`).
         """
         may_grow = a.callback_on_step_end is not None and "mask" in a.callback_on_step_end_tensor_inputs
         draws = chosen.inner_steps > 0 or chosen.proximal is not None
         if not a.close_up or may_grow or not draws or isinstance(self.vae, AsymmetricAutoencoderKL):
             return None
-        return parts_near(a.frame.known, self.vae_scale_factor)
+        stride = self.vae_scale_factor
+        if not draws_parts(self.vae, tuple(n // stride for n in a.frame.known.shape[2:])):
+            return None
+        return parts_near(a.frame.known, stride)
 
     def _frame(self, a: SimpleNamespace) -> tuple[_Frame, int]:
         """Pixels and mask for every image of the batch, and the batch's size; one prompt serves several images."""

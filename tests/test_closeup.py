@@ -1,15 +1,23 @@
 """A small hole in a large picture: the part around it is drawn, and the latent elsewhere is the encoder's."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from vml_ldm import VMLInpaintPipeline, VMLInpaintXLPipeline
+from vml_ldm.adapters.diffusers import StableDiffusionPrior, draws_parts
+from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.closeup import CloseUp, drawn_shares, drawn_size, near, parts_near
 from vml_ldm.images import fill_holes
 from vml_ldm.objective import data_term
 from vml_ldm.operators import Mask, Measurement
+from vml_ldm.solve import Metered
 
 WHOLE = (slice(0, 32), slice(0, 32))
 
@@ -112,6 +120,159 @@ def test_the_rest_of_the_latent_is_known(problem):
     assert torch.equal(view.movable(b)[moved], b[moved]) and not view.movable(b)[~moved].any()
 
 
+WHOLE_GRAPH = Plan()
+
+
+def mattering_vae(attention):
+    """A VAE of stride 2 whose norms and attention matter: norms have weights of their own, attention prefers cells."""
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "mid_block_add_attention": attention}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**shape, **kinds, sample_size=64).eval().double()
+    with torch.no_grad():
+        for module in vae.decoder.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.copy_(1 + 0.3 * torch.randn(module.weight.shape))
+                module.bias.copy_(0.5 * torch.randn(module.bias.shape))
+            if isinstance(module, Attention):
+                for layer in (module.to_q, module.to_k, module.to_v, module.to_out[0]):
+                    layer.weight.copy_(2 * torch.randn(layer.weight.shape) / layer.weight.shape[1] ** 0.5)
+    return vae
+
+
+@pytest.fixture(params=[True, False], ids=["attention", "norms alone"])
+def held(request):
+    """A VAE with norms, three latents that change across the picture, and their parts."""
+    vae, generator = mattering_vae(request.param), torch.Generator().manual_seed(0)
+    z = torch.randn(3, 4, 32, 32, generator=generator, dtype=torch.float64)
+    z = z * torch.linspace(0.3, 2, 32) + torch.linspace(-2, 2, 32)[:, None]
+    hole = (slice(25, 30), slice(32, 35))
+    known = known_but(hole, hole, (slice(2, 5), slice(60, 62))).double()
+    return vae, z, parts_near(known, 2), torch.zeros(3, 3, 64, 64, dtype=torch.float64)
+
+
+def prior_of(vae, plan=WHOLE_GRAPH):
+    prior = StableDiffusionPrior(unet=tiny.unet().to(vae.dtype), vae=vae, scheduler=tiny.scheduler(), condition={})
+    prior.plan = plan
+    return prior
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def test_a_decoder_with_norms_and_attention_draws_a_part_as_in_the_whole(held):
+    """Where the latent moves; all images at once as one by one. Without the whole's norms it is another picture."""
+    vae, z, parts, image = held
+    with prior_of(vae) as prior, torch.no_grad():
+        whole, drawn = prior.decode(z), CloseUp(prior, parts, image, z).decode(z)
+        alone = [CloseUp(prior, parts[i : i + 1], image[:1], z[i : i + 1]).decode(z[i : i + 1]) for i in range(3)]
+        cut = CloseUp(SimpleNamespace(decode=prior.decode), parts, image, z).decode(z)
+    moved = near(parts, image, 2).expand_as(image) > 0
+    assert rms((drawn - whole)[moved]) < 2e-3 < 0.04 < rms((cut - whole)[moved])
+    assert (drawn - torch.cat(alone)).abs().max() < 1e-11
+
+
+def test_the_whole_is_drawn_once_a_level(held):
+    """What was noted stays through a level, so that its steps descend one loss, and follows the latent to the next."""
+    vae, z, parts, image = held
+    other = torch.where(near(parts, z) > 0, z.roll(1, 0), z)
+    with prior_of(vae) as prior, torch.no_grad():
+        networks = {"decode": prior.decode, "decode_whole": prior.decode_whole, "denoise": lambda x, *_: x}
+        metered = Metered(SimpleNamespace(**networks))
+        view = CloseUp(metered, parts, image, z)
+        view.denoise(z, 0.8, 0.6)
+        first, second = view.decode(z), view.decode(other)
+        assert metered.calls["decode"] == 1 + 2 * 2  # the whole; then twice a part of two images and one of one
+        assert torch.equal(view.decode(z), first)
+        view.denoise(z, 0.9, 0.4)
+        anew = view.decode(other)
+        assert metered.calls["decode"] == 2 + 4 * 2 and rms(anew - second) > 0
+        assert torch.equal(anew, CloseUp(prior, parts, image, z).decode(other))
+
+
+PLANS = [
+    WHOLE_GRAPH,
+    Plan(checkpointed=1),
+    Plan(checkpointed=2),
+    Plan(checkpointed=2, decoder_again=True),
+    Plan(decoder_again=True, by_image=True),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_its_gradient_is_that_of_what_it_draws(held, plan):
+    """Against a finite difference; under every plan, an exception on the way, and with no trace in the VAE."""
+    vae, z, parts, image = held
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=like.dtype)  # noqa: E731
+    v, c, state = near(parts, z) * draw(z), near(parts, image, 2) * draw(image), traces(vae)
+    with prior_of(vae, plan) as prior, torch.no_grad():
+        view = CloseUp(prior, parts, image, z)
+        drawn, pull = view.decode_pullback(z)
+        ahead, back = view.decode(z + 1e-5 * v), view.decode(z - 1e-5 * v)
+        assert torch.allclose(drawn, view.decode(z), atol=1e-12)
+        assert torch.allclose((pull(c) * v).sum(), (c * (ahead - back)).sum() / 2e-5, rtol=1e-6)
+        with pytest.raises(RuntimeError):
+            view.decode(z[:, :3])
+    assert traces(vae) == state
+
+
+def traces(network):
+    """What a module holds beside its weights, and its children's."""
+    return [{name: repr(value) for name, value in vars(m).items() if name != "_parameters"} for m in network.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_as_near_as_the_precision(held, dtype):
+    vae, z, parts, image = held
+    with prior_of(vae.to(dtype)) as prior, torch.no_grad():
+        z, image = z.float(), image.float()
+        whole, view = prior.decode(z), CloseUp(prior, parts, image, z)
+        drawn, pull = view.decode_pullback(z)
+        assert pull(torch.ones_like(image)).isfinite().all() and not prior.retries
+    moved = near(parts, image, 2).expand_as(image) > 0
+    assert rms((drawn - whole)[moved]) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("way", ["accelerate", "group offloading", "leaf offloading", "layerwise casting", "compiled"])
+def test_hooks_of_hosts_are_heeded(held, way):
+    """Where norms cannot be reached through them, a part is drawn with the whole around it; either way it is right."""
+    vae, z, parts, image = held
+    with prior_of(vae) as prior, torch.no_grad():
+        expected = CloseUp(prior, parts, image, z).decode(z)
+    if way == "accelerate":
+        cpu_offload(vae, torch.device("cpu"), offload_buffers=True)
+    elif way == "layerwise casting":
+        vae.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float64)
+    elif way == "compiled":
+        vae.decoder = torch.compile(vae.decoder, backend="eager")
+    else:
+        kind = "leaf_level" if way.startswith("leaf") else "block_level"
+        more = {} if way.startswith("leaf") else {"num_blocks_per_group": 1}
+        vae.enable_group_offload(torch.device("cpu"), offload_type=kind, **more)
+    assert draws_parts(vae, (32, 32)) == (way != "group offloading")
+    with prior_of(vae) as prior, torch.no_grad():
+        whole, (drawn, pull) = prior.decode(z), CloseUp(prior, parts, image, z).decode_pullback(z)
+        assert pull(torch.ones_like(image)).isfinite().all()
+    moved = near(parts, image, 2).expand_as(image) > 0
+    assert rms((drawn - whole)[moved]) < 2e-3
+    if way in ("accelerate", "leaf offloading", "compiled"):
+        assert torch.allclose(drawn, expected, atol=1e-9)
+
+
+def test_of_a_vae_in_tiles_all_is_drawn(held):
+    """Each tile has norms of its own."""
+    vae, z, parts, image = held
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 32
+    vae.enable_tiling()
+    assert not draws_parts(vae, (32, 32)) and draws_parts(vae, (16, 16)) and draws_parts(tiny.gradient_vae(), (64, 64))
+    with prior_of(vae) as prior, torch.no_grad():
+        whole, drawn = prior.decode(z), CloseUp(prior, parts, image, z).decode(z)
+    moved = near(parts, image, 2).expand_as(image) > 0
+    assert torch.allclose(drawn[moved], whole[moved])
+
+
 def load(cls=VMLInpaintPipeline, components=tiny.components, **more):
     pipe = cls(**components(), **more)
     pipe.set_progress_bar_config(disable=True)
@@ -159,7 +320,7 @@ def test_a_small_hole_is_solved_up_close(pipe, changes):
     known = (painted == 0).expand_as(image)
     assert torch.equal(out.images[known], image[known])
     assert out.report.drawn == [10 * 20 / 1024] and whole.report.drawn == []
-    lengths = {"decode", "draft"}  # a step's length may take a decode more
+    lengths = {"decode", "draft"}  # a step's length may take a decode more, and the norms of a VAE one of the whole
     assert {k: v for k, v in out.report.calls.items() - whole.report.calls.items() if k not in lengths} == {}
     assert out.images.isfinite().all() and not torch.equal(out.images, whole.images)
     assert "drawn around the hole: 20% of the picture" in out.report.text()
@@ -177,14 +338,15 @@ def test_elsewhere_the_latent_is_the_encoder_s(pipe):
 def test_each_image_has_a_part_of_its_own(pipe):
     """A batch gives what its images give alone, an image with a large hole among them.
 
-    By the full decoder, which is smooth: at a kink of the small one's rectifiers, rounding turns a gradient.
+    By the full decoder, which is smooth: at a kink of the small one's rectifiers, rounding turns a gradient. (Rounding
+    is what is left, see `test_a_decoder_with_norms_and_attention_draws_a_part_as_in_the_whole`.)
     """
     image, painted = picture(3)
     painted[2, :, 64:192, 64:192] = 1
     draw = lambda *problem, **seed: solve(pipe, *problem, use_gradient_vae=False, **seed)  # noqa: E731
     together = draw(image, painted)
     alone = [draw(image[i : i + 1], painted[i : i + 1], seed=i).images for i in range(3)]
-    assert (together.images - torch.cat(alone)).abs().max() < 1e-4
+    assert (together.images - torch.cat(alone)).abs().max() < 1e-3
     assert together.report.drawn == [10 * 20 / 1024, 17 * 20 / 1024, 1.0]
 
 
@@ -199,6 +361,26 @@ def test_it_is_left_where_the_decoder_is_told_the_whole_picture():
     pipe = load(requires_safety_checker=False)
     pipe.vae = tiny.asymmetric_vae()
     assert not solve(pipe, *picture()).report.drawn
+
+
+def test_what_lies_elsewhere_in_the_answer_is_drawn_too(pipe):
+    """Unpasted, the picture is the decoder's of the answer's latent, all of it."""
+    image, painted = picture()
+    drawn, latent = (
+        solve(pipe, image, painted, **kind).images for kind in ({"paste": False}, {"output_type": "latent"})
+    )
+    with pipe._new_prior([{}]) as prior, torch.no_grad():
+        assert torch.allclose(drawn, prior.decode(latent).clamp(0, 1), atol=1e-5)
+
+
+def test_it_is_left_where_the_vae_draws_in_tiles():
+    pipe = load(requires_safety_checker=False)
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 16, 128
+    pipe.enable_vae_tiling()
+    assert not solve(pipe, *picture()).report.drawn
+    pipe.disable_vae_tiling()
+    out = solve(pipe, *picture(), memory="low")  # whose plan has tiles
+    assert "tiles" not in out.report.memory["plan"] or not out.report.drawn
 
 
 def test_it_takes_less_memory(pipe):

@@ -42,6 +42,7 @@ RULES = {
     "vml_ldm.optimize": Rule(2, frozenset({"torch"})),
     "vml_ldm.proximal": Rule(3, frozenset({"torch"})),
     "vml_ldm.pixels": Rule(0, frozenset({"torch"})),
+    "vml_ldm.holding": Rule(0, frozenset({"torch"})),
     "vml_ldm.guidance": Rule(0, frozenset({"torch"})),
     "vml_ldm.images": Rule(0, frozenset({"torch", "numpy", "PIL"})),
     "vml_ldm.report": Rule(0, frozenset({"torch"}), in_functions=frozenset({"matplotlib"})),

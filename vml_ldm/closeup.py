@@ -2,7 +2,9 @@
 
 Known pixels far from the hole say through the encoder what they have to say: there the latent is taken to be known,
 z0 = Enc(y), and noised as the rest is. Near the hole everything is as without it: the latent moves, and is measured in
-pixels through the decoder, which draws these pixels and a ring around them, so that their surroundings are seen.
+pixels through the decoder, which draws these pixels and a ring around them, so that their surroundings are seen. Where
+that depends on the whole picture, it is as in a whole picture drawn anew at each level (`Prior.decode_whole`). The
+answer is not drawn up close: decode its latent with the prior.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Prior, PullBack, decode_pullback, denoise_pullback, guided
+from .objective import Prior, PullBack, Whole, decode_pullback, denoise_pullback, guided
 from .operators import own
 
 _NEAR = 4  # cells of the latent around a hole that move and are measured
@@ -59,13 +61,17 @@ def _part(painted: Tensor, size: list[int], stride: int) -> Part:
 
 
 def _cells(window: Window) -> int:
-    rows, columns = window
-    return (rows.stop - rows.start) * (columns.stop - columns.start)
+    rows, columns = _lengths(window)
+    return rows * columns
+
+
+def _lengths(window: Window) -> list[int]:
+    return [side.stop - side.start for side in window]
 
 
 def drawn_size(parts: list[Part]) -> tuple[int, int]:
     """Rows and columns that hold what is drawn of any of the latents."""
-    rows, columns = ([window.stop - window.start for window in axis] for axis in zip(*(p.drawn for p in parts)))  # noqa: B905
+    rows, columns = zip(*(_lengths(part.drawn) for part in parts), strict=True)
     return max(rows), max(columns)
 
 
@@ -92,6 +98,15 @@ def _pixels(window: Window, stride: int) -> Window:
     return rows, columns
 
 
+class _Drawn(NamedTuple):
+    """Images of a batch with the same part: its cells, its pixels, and places among the images that are cut, if any."""
+
+    images: list[int]
+    cells: Window
+    pixels: Window
+    places: list[int]
+
+
 class CloseUp:
     """A prior of which a part of each latent is known: ``D = m D(x_t) + (1 - m) z``, m = 1 in the part that moves.
 
@@ -99,7 +114,8 @@ class CloseUp:
     pixels that move.
 
     Args:
-        prior: with a decoder whose image of a part is that part of its image, apart from the part's edges.
+        prior: with a decoder whose image of a part is that part of its image, apart from the part's edges, or with
+            `decode_whole`.
         parts: see `parts_near`.
         image: (B, 3, H, W) in [0, 1], the picture.
         latent: (B, c, h, w), its latent z.
@@ -107,11 +123,18 @@ class CloseUp:
 
     def __init__(self, prior: Prior, parts: list[Part], image: Tensor, latent: Tensor):
         self.prior, self.image, self.latent = prior, own(image), own(latent)
+        self._level, self._whole = None, None  # the noise at which the whole was drawn
         self._moved, stride = near(parts, latent), image.shape[2] // latent.shape[2]
         together: dict[tuple, list[int]] = {}  # images by the part that is drawn (a slice has no hash before 3.12)
         for i, part in enumerate(parts):
             together.setdefault(tuple((side.start, side.stop) for side in part.drawn), []).append(i)
-        self._drawn = [(i, parts[i[0]].drawn, _pixels(parts[i[0]].drawn, stride)) for i in together.values()]
+        full = list(latent.shape[2:])
+        self._cut = [i for i, part in enumerate(parts) if _lengths(part.drawn) != full]
+        place = {image: place for place, image in enumerate(self._cut)}
+        self._drawn = [
+            _Drawn(i, parts[i[0]].drawn, _pixels(parts[i[0]].drawn, stride), [place[k] for k in i if k in place])
+            for i in together.values()
+        ]
 
     @property
     def push(self) -> Callable | None:
@@ -134,12 +157,15 @@ class CloseUp:
         return self._moved * change
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        self._enter(alpha, sigma)
         return self._hold(self.prior.denoise(x_t, alpha, sigma))
 
     def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        self._enter(alpha, sigma)
         return self._hold(guided(self.prior, x_t, alpha, sigma))
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
+        self._enter(alpha, sigma)
         z0_hat, pull = denoise_pullback(self.prior, x_t, alpha, sigma)
         return self._hold(z0_hat), lambda b: pull(self._moved * b)
 
@@ -147,24 +173,40 @@ class CloseUp:
         return self.prior.encode(image)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._lay([(i, pixels, self.prior.decode(z[i][(..., *cells)])) for i, cells, pixels in self._drawn])
+        drawn = [self._drawer(z, d).part(z[d.images][(..., *d.cells)], d.places, d.cells) for d in self._drawn]
+        return self._lay(drawn)
 
     def decode_pullback(self, z: Tensor) -> tuple[Tensor, PullBack]:
-        drawn = [(*where, *decode_pullback(self.prior, z[where[0]][(..., *where[1])])) for where in self._drawn]
+        drawn = [self._drawer(z, d).part_pullback(z[d.images][(..., *d.cells)], d.places, d.cells) for d in self._drawn]
 
         def pull(cotangent: Tensor) -> Tensor:
             gradient = torch.zeros_like(z)
-            for i, cells, pixels, _, pull_part in drawn:
-                gradient[(i, slice(None), *cells)] = pull_part(cotangent[i][(..., *pixels)])
+            for d, (_, pull_part) in zip(self._drawn, drawn, strict=True):
+                gradient[(d.images, slice(None), *d.cells)] = pull_part(cotangent[d.images][(..., *d.pixels)])
             return gradient
 
-        return self._lay([(i, pixels, image) for i, _, pixels, image, _ in drawn]), pull
+        return self._lay([image for image, _ in drawn]), pull
+
+    def _enter(self, alpha: float, sigma: float) -> None:
+        """A level: at another one than before, the whole is drawn anew."""
+        if self._level != (alpha, sigma):
+            self._level, self._whole = (alpha, sigma), None
+
+    def _drawer(self, z: Tensor, drawn: _Drawn) -> Whole:
+        """How these parts are drawn at this level, at which z is the first to be drawn."""
+        draw = getattr(self.prior, "decode_whole", None)
+        if draw is None or not drawn.places:
+            plain = self.prior
+            return Whole(self.image, lambda z, *_: plain.decode(z), lambda z, *_: decode_pullback(plain, z))
+        if self._whole is None:
+            self._whole = draw(z[self._cut])
+        return self._whole
 
     def _hold(self, z: Tensor) -> Tensor:
         return torch.where(self._moved > 0, z, self.latent)
 
-    def _lay(self, drawn: list[tuple[list[int], Window, Tensor]]) -> Tensor:
+    def _lay(self, drawn: list[Tensor]) -> Tensor:
         image = self.image.clone()
-        for i, pixels, part in drawn:
-            image[(i, slice(None), *pixels)] = part
+        for d, part in zip(self._drawn, drawn, strict=True):
+            image[(d.images, slice(None), *d.pixels)] = part
         return image

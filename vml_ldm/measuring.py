@@ -90,8 +90,8 @@ def measure_known(
         image: (B, 3, H, W) in [0, 1].
         known: (B, 1, H, W) in [0, 1], 1 = known.
         noise_std: (B,), sigma_y as the caller named it.
-        parts: where they are given, only the known pixels that they hold are measured, and the prior is to be taken
-            with the result's `view`, a `CloseUp`.
+        parts: where they are given, only the known pixels that they hold are measured, and the solver is to take the
+            prior with the result's `view`, a `CloseUp`.
     """
     filled, view = fill_holes(image, known), whole
     latent = prior.encode(filled)
@@ -101,7 +101,7 @@ def measure_known(
     operator = Mask(known)
     y = operator(image)
     measured = measure(
-        operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE, least=_LEAST_KNOWN
+        operator, y, noise_std, filled, prior, seen=y, latent=latent, share=_KNOWN_SHARE, least=_LEAST_KNOWN
     )
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
 

@@ -55,6 +55,8 @@ class Prior(Protocol):
     none (None: all). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
     they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
+    ``decode_whole(z) -> Whole`` is for a decoder that draws a part of a latent differently from that part in the whole,
+    as norms and attention over all of the image do (None: it draws parts as they are).
     """
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -65,6 +67,22 @@ class Prior(Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (B, c, h, w) -> image (B, 3, H, W), about [0, 1] and not clamped."""
+
+
+class Whole(NamedTuple):
+    """An image as a decoder draws it, and parts of it as the decoder draws them there.
+
+    Attributes:
+        image: (B, 3, H, W), ``Dec(z)``.
+        part: (z, images, window) -> the image of a part z (n, c, window) of the latents of n images of the batch, by
+            their places in it, in the precision of z; window: rows and columns of the latent.
+        part_pullback: the same -> the part's image, and its decoder's vector-Jacobian product. What the whole has to do
+            with it is constant.
+    """
+
+    image: Tensor
+    part: Callable[[Tensor, list[int], tuple[slice, slice]], Tensor]
+    part_pullback: Callable[[Tensor, list[int], tuple[slice, slice]], tuple[Tensor, PullBack]]
 
 
 class DataTerm(NamedTuple):

@@ -30,7 +30,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .objective import Prior, decode_linear, decode_pullback, denoise_pullback, guided
+from .objective import Prior, Whole, decode_linear, decode_pullback, denoise_pullback, guided
 from .operators import Measurement, is_whole
 from .optimize import JACOBIANS, InnerStep, descend
 from .proximal import Proximal, Settle, correct, proximal_step
@@ -427,6 +427,19 @@ class Metered:
 
     def decode(self, z: Tensor) -> Tensor:
         return self._timed(self.decoder, self.prior.decode, z)
+
+    @property
+    def decode_whole(self) -> Callable[[Tensor], Whole] | None:
+        """The prior's; a part counts as a call of the decoder."""
+        draw = getattr(self.prior, "decode_whole", None)
+        return draw and (lambda z: self._parts_too(self._timed(self.decoder, draw, z)))
+
+    def _parts_too(self, whole: Whole) -> Whole:
+        def pullback(*part):
+            image, pull = self._timed(self.decoder, whole.part_pullback, *part)
+            return image, lambda cotangent: self._timed(f"{self.decoder}_vjp", pull, cotangent)
+
+        return Whole(whole.image, lambda *part: self._timed(self.decoder, whole.part, *part), pullback)
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float):
         z0_hat, pull = self._timed("denoise", denoise_pullback, self.prior, x_t, alpha, sigma)

@@ -72,7 +72,7 @@ class Task:
         ):
             trace.append(record(level))
             sampling.tell(level)
-        solution = conclude(level.x_next, trace, measured.view(metered), measured.measurement, started)
+        solution = conclude(level.x_next, trace, metered, measured.measurement, started)
         if self.pixel_step:
             solution.image = settle(solution.image, measured.measurement, noise_std)
         about = {"levels": len(levels), "inner_steps": self.chosen.inner_steps, "jacobian": self.chosen.jacobian}

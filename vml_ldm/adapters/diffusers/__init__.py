@@ -4,6 +4,7 @@ from ...objective import NonFiniteError
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
 from .memory import Chosen, Fitted, choose, free_bytes, parse_memory, plans
+from .network import draws_parts
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
 from .unconditional import LDMPrior, PixelPrior
@@ -25,6 +26,7 @@ __all__ = [
     "check_flow_scheduler",
     "check_scheduler",
     "choose",
+    "draws_parts",
     "flow_levels",
     "free_bytes",
     "graph_bytes",

@@ -97,6 +97,8 @@ class Footprints:
         if not self._pulled["decode"] or self._drawn_shape != self._shape:
             # otherwise the decoder with its graph takes more than the encoder without one
             networks.append(self._drawn("encode", self._prior.vae, plan))
+        if self._drawn_shape != self._shape:
+            networks.append(self._drawn("whole", self._prior.vae, plan))  # at each level and for the answer
         return predict(denoiser, networks, self._operator)
 
     def _drawn(self, kind: str, vae: nn.Module, plan: Plan) -> Footprint:
@@ -104,7 +106,7 @@ class Footprints:
 
         With a graph of all pieces, that of the whole, as often as tiles overlap.
         """
-        shape = self._shape if kind == "encode" else self._drawn_shape
+        shape = self._shape if kind in ("encode", "whole") else self._drawn_shape
         piece, overlap = _piece(vae, plan, shape)
         pulled = self._pulled.get(kind, False)
         if pulled and not plan.decoder_again:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
+import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ...objective import PullBack
+from ...holding import Holding, Window, is_local
+from ...objective import PullBack, Whole
 from .memory import Plan
-from .pieces import by_image, in_tiles, run_again
+from .pieces import by_image, in_tiles, run_again, with_decoder
 from .precision import Guard
+
+Change = Callable[[nn.Module], nn.Module]  # of a VAE
+
+
+def same(vae: nn.Module) -> nn.Module:
+    """The VAE itself."""
+    return vae
 
 
 class NetworkPrior:
@@ -82,6 +93,11 @@ class Autoencoded:
         """Image and the decoder's vector-Jacobian product."""
         return self._draw_pullback(self.plan, "the VAE decoder", self.vae, z)
 
+    @property
+    def decode_whole(self) -> Callable[[Tensor], Whole] | None:
+        """An image, and its parts with the norms and attention of the whole; None for a decoder without these."""
+        return self._whole(self.plan, "the VAE decoder", self.vae)
+
     def draft(self, vae: nn.Module) -> Draft:
         """This prior with another decoder, for use within this one's `with`.
 
@@ -93,15 +109,94 @@ class Autoencoded:
     def _networks(self) -> tuple[nn.Module, ...]:
         return *super()._networks(), self.vae
 
-    def _draw(self, plan: Plan, name: str, vae: nn.Module, z: Tensor) -> Tensor:
-        return self._guard.run(name, vae, lambda: self._decode(z, drawn(vae, plan)))
+    def _whole(self, plan: Plan, name: str, vae: nn.Module) -> Callable[[Tensor], Whole] | None:
+        return None if is_local(vae.decoder, _attends) else lambda z: _Parts(self, plan, name, vae, z).told()
 
-    def _draw_pullback(self, plan: Plan, name: str, vae: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
+    def _draw(self, plan: Plan, name: str, vae: nn.Module, z: Tensor, change: Change = same) -> Tensor:
+        return self._guard.run(name, vae, lambda: self._decode(z, change(drawn(vae, plan))))
+
+    def _draw_pullback(
+        self, plan: Plan, name: str, vae: nn.Module, z: Tensor, change: Change = same
+    ) -> tuple[Tensor, PullBack]:
         self._guard.checkpoint(plan.checkpointed, *self._networks())
-        rerun, twin = "", drawn(vae, plan)
+        rerun, twin = "", change(drawn(vae, plan))
         if plan.decoder_again:
             rerun, twin = "parts", run_again(twin, partial(self._guard.weights_kept, vae))
         return self._guard.pullback(name, vae, lambda z: self._decode(z, twin), z, rerun)
+
+
+class _Parts:
+    """Images z that a prior has drawn whole, and how it draws parts of them.
+
+    Where norms and attention of the whole could not be noted (it was drawn in tiles, or hooks lead around them), a part
+    is drawn with the whole around it.
+    """
+
+    def __init__(self, prior: Autoencoded, plan: Plan, name: str, vae: nn.Module, z: Tensor):
+        self._prior, self._how, self._z = prior, (plan, name, vae), z
+        self._one_by_one = plan.by_image or getattr(vae, "use_slicing", False)
+        self._held = Holding(vae.decoder, z.shape[2:], _attends)
+        self._image = prior._draw(*self._how, z, lambda vae: with_decoder(vae, self._held.noting()))
+        self._stride = self._image.shape[2] // z.shape[2]
+
+    def told(self) -> Whole:
+        if self._held.is_complete(len(self._z)):
+            return Whole(self._image, self._part, self._part_pullback)
+        return Whole(self._image, self._cut, self._cut_pullback)
+
+    def _part(self, z: Tensor, images: list[int], window: Window) -> Tensor:
+        return torch.cat([self._prior._draw(*self._how, *part) for part in self._together(z, images, window)])
+
+    def _part_pullback(self, z: Tensor, images: list[int], window: Window) -> tuple[Tensor, PullBack]:
+        parts = self._together(z, images, window)
+        drawn, pulls = zip(*(self._prior._draw_pullback(*self._how, *part) for part in parts), strict=True)
+        sizes = [len(image) for image in drawn]
+        pull = lambda c: torch.cat([one(own) for one, own in zip(pulls, c.split(sizes), strict=True)])  # noqa: E731
+        return torch.cat(drawn), pull
+
+    def _together(self, z: Tensor, images: list[int], window: Window) -> list[tuple[Tensor, Change]]:
+        """What the VAE takes at once, and what it is then."""
+        groups = [[i] for i in images] if self._one_by_one else [images]
+        as_part = lambda group: lambda vae: with_decoder(vae, self._held.part(group, window))  # noqa: E731
+        return list(zip(z.split(len(groups[0])), map(as_part, groups), strict=True))
+
+    def _cut(self, z: Tensor, images: list[int], window: Window) -> Tensor:
+        return self._prior._draw(*self._how, self._around(z, images, window))[(..., *self._pixels(window))]
+
+    def _cut_pullback(self, z: Tensor, images: list[int], window: Window) -> tuple[Tensor, PullBack]:
+        image, pull = self._prior._draw_pullback(*self._how, self._around(z, images, window))
+        pixels = self._pixels(window)
+
+        def pull_part(cotangent: Tensor) -> Tensor:
+            of_all = torch.zeros_like(image)
+            of_all[(..., *pixels)] = cotangent
+            return pull(of_all)[(..., *window)]
+
+        return image[(..., *pixels)], pull_part
+
+    def _around(self, z: Tensor, images: list[int], window: Window) -> Tensor:
+        whole = self._z[images]
+        whole[(..., *window)] = z
+        return whole
+
+    def _pixels(self, window: Window) -> Window:
+        rows, columns = (slice(self._stride * side.start, self._stride * side.stop) for side in window)
+        return rows, columns
+
+
+def draws_parts(vae: nn.Module, size: tuple[int, int]) -> bool:
+    """Whether a VAE draws parts of latents (h, w) by less than the whole each time: it has no norms and no attention,
+    or these can be held (`vml_ldm.holding`): the whole is not drawn in tiles, and no block is reached through a hook of
+    diffusers' group offloading.
+    """
+    if is_local(vae.decoder, _attends):
+        return True
+    tiled = getattr(vae, "use_tiling", False) and max(size) > vae.tile_latent_min_size
+    return not tiled and not any(hasattr(m, "_diffusers_hook") and any(m.children()) for m in vae.decoder.modules())
+
+
+def _attends(module: nn.Module) -> bool:
+    return isinstance(module, Attention)
 
 
 def drawn(vae: nn.Module, plan: Plan) -> nn.Module:
@@ -123,6 +218,11 @@ class Draft:
     @property
     def push(self):
         return getattr(self._prior, "push", None)
+
+    @property
+    def decode_whole(self) -> Callable[[Tensor], Whole] | None:
+        """As the prior's."""
+        return self._prior._whole(self._plan, "the gradient VAE", self.vae)
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``, the prior's."""

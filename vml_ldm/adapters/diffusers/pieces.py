@@ -1,4 +1,5 @@
-"""A VAE as twins of itself that share its weights: one that works in tiles, one whose decoder runs again when pulled.
+"""A VAE as twins of itself that share its weights: one that works in tiles, one whose decoder runs again when pulled,
+one with the decoder of a part (`vml_ldm.holding`).
 
 A twin leaves the VAE that it came from as it is, flags and hooks too. It goes through the VAE's own `encode` and
 `decode`, so tiles are cut and blended by diffusers' own code, and offloading finds its weights.
@@ -40,8 +41,13 @@ def run_again(vae: nn.Module, keep) -> nn.Module:
     Args:
         keep: a function without arguments; graphs are made in the context that it gives.
     """
+    return with_decoder(vae, _RunAgain(vae.decoder, keep))
+
+
+def with_decoder(vae: nn.Module, decoder: nn.Module) -> nn.Module:
+    """The VAE with another decoder."""
     twin = copy.copy(vae)
-    twin.__dict__["_modules"] = {**vae._modules, "decoder": _RunAgain(vae.decoder, keep)}
+    twin.__dict__["_modules"] = {**vae._modules, "decoder": decoder}
     return twin
 
 
