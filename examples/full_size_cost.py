@@ -7,7 +7,7 @@
 The networks have Stable Diffusion 1.5's configuration and random weights: neither time nor memory depends on values.
 Each measurement is a process of its own. Its peak is that of the process (on a GPU, of its tensors) above what it held
 with the weights in place; the prediction is what `memory=` chooses by. Whole images are added up from calls, as if no
-inner step were saved by stopping at the noise.
+step were saved by stopping at the noise: first inpainting by preset, then the plain algorithm (`proximal=False`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from torch import nn
 
 from vml_ldm import vml_gradient
-from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior
+from vml_ldm.adapters.diffusers import Footprints, StableDiffusionPrior, scheduler_levels
 from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.closeup import CloseUp, drawn_size, parts_near
 from vml_ldm.operators import Mask, Measurement
-from vml_ldm.presets import PRESETS
+from vml_ldm.presets import PRESETS, settings, spread_levels
 from vml_ldm.report import in_units
 
 STEPS = 50  # stock's
@@ -67,6 +67,15 @@ WHOLE = [  # plans of the levels that draw with the VAE, and of those with the s
     (SMALL, "one graph"),
     (SMALL, "checkpointed"),
     (SMALL, FREE),
+]
+
+
+INPAINTED = [  # guidance, decoder of the levels, and how the graphs of inner steps are kept, where there are any
+    (7.5, "small", None),
+    (7.5, "full", None),
+    (1.0, "small", "one graph"),
+    (1.0, "small", "checkpointed"),
+    (1.0, "full", None),
 ]
 
 
@@ -207,6 +216,39 @@ def whole_image(found: dict, preset: str, plan: str, draft: str | None) -> tuple
     return _add_up([*steps, *ends])
 
 
+def inpainted_image(found: dict, preset: str, guided: bool, drafts: bool, plan: str) -> tuple[float, int]:
+    """Seconds and peak of one inpainting, guided or not, at stock's number of steps, if no step is saved.
+
+    Args:
+        drafts: there is a small decoder: levels but the last draw with it, and so do all gradients.
+        plan: how the graphs of inner steps are kept.
+    """
+    chosen = settings(preset, inpaints=True, guided=guided, drafts=drafts)
+    levels, steps = chosen.split(STEPS)
+    corrections, small = chosen.corrections(STEPS), ", small" if drafts else ""
+    inner = steps * sum(not chosen.proximal.is_alone(*scales) for scales in scales_of(levels))
+    refreshed = -(-corrections // chosen.proximal.refresh)
+    calls = [
+        (inner, _of(found, f"step{small}", plan)),
+        (inner, _of(found, f"decode{small}", plan)),  # for the step's length: the first of a level has it so
+        (levels, _of(found, "UNet, batch of 2" if guided else "UNet", plan)),
+        (levels - 1, _of(found, f"decode{small}", plan)),
+        (levels + 1, _of(found, "encode", plan)),
+        (1 + 2 + refreshed, _of(found, "decode", plan)),  # the last level's, the ends', and the corrections'
+        (corrections, _of(found, "decode with VJP, small", plan)),
+        (LENGTHS * corrections, _of(found, "decode, small", plan)),
+    ]
+    return _add_up([(count, cost) for count, cost in calls if count])
+
+
+def scales_of(count: int) -> list[tuple[float, float]]:
+    """(alpha, sigma) of an inpainting's levels, by Stable Diffusion's own noise."""
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(STEPS)
+    levels = scheduler_levels(scheduler, scheduler.timesteps)
+    return [levels.scales(i) for i in spread_levels(levels.noise, count)]
+
+
 def _step(found: dict, plan: str, decoder: str) -> tuple[float, int]:
     """Seconds and peak of an inner step: the gradient, and decodes for its length."""
     gradient = [(1, "UNet"), (1, f"decode with VJP{decoder}")] if plan == FREE else [(1, f"step{decoder}")]
@@ -234,6 +276,12 @@ def tell_whole(found: dict) -> None:
     print(f"{'':62}{'seconds':>10}{'x stock':>9}{'peak above':>13}{'x stock, with weights':>24}")
     rows = [("stock", None, *stock)]
     for preset in PRESETS:
+        for scale, decoder, plan in INPAINTED:
+            name = f"{preset} inpainting, guidance {scale:g}, {decoder} decoder" + (f" {plan}" if plan else "")
+            rows.append(
+                (name, None, *inpainted_image(found, preset, scale > 1, decoder == "small", plan or "one graph"))
+            )
+    for preset in PRESETS:
         for plan, draft in WHOLE:
             decoder = "full decoder" if draft is None else f"small decoder {draft}, last level"
             rows.append((f"{preset}, {decoder} {plan}", draft, *whole_image(found, preset, plan, draft)))
@@ -241,7 +289,7 @@ def tell_whole(found: dict) -> None:
     for name, _, seconds, above, time_ratio, peak_ratio in rows:
         print(f"{name:62}{seconds:10.1f}{time_ratio:9.2f}{in_units(above):>13}{peak_ratio:24.2f}")
     print()
-    balanced = [row for row in rows[1:] if row[0].startswith("balanced") and not row[0].endswith((FREE, CLOSE_UP))]
+    balanced = [row for row in rows[1:] if row[0].startswith("balanced, ") and not row[0].endswith((FREE, CLOSE_UP))]
     _tell_aim("small decoder", 1.25, [row for row in balanced if row[1] is not None])
     _tell_aim("full decoder", 2.0, [row for row in balanced if row[1] is None])
     _tell_aim('memory="low"', 1.5, [row for row in balanced if row[0].endswith(" low") and row[1] != "one graph"])

@@ -1,91 +1,54 @@
-"""What the pipelines share of their arguments: the batch, pixels in, choices."""
+"""What the pipelines share of their arguments: the batch, what was measured, numbers, choices."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from vml_ldm.images import from_pil, upright_mask, upright_rgb
+from vml_ldm.images import from_pil, is_deep, read_deep, read_numbers, settle_range
+from vml_ldm.operators import Measurement, own, uncast
 
-
-def upright(images, convert):
-    """PIL images (one, or a list) through `convert`; arrays of bytes as floats in [0, 1]; anything else as it is."""
-    if isinstance(images, (list, tuple)):
-        return [upright(image, convert) for image in images]
-    if isinstance(images, Image.Image):
-        return convert(images)
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
-        return images.astype(np.float32) / 255
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        return images.float() / 255
-    return images
-
-
-def to_pixels(images, processor, name: str = "image", **size) -> Tensor:
-    """What a caller hands in as images -> (B, 3, H, W) float32 in [0, 1].
-
-    PIL images are turned by their EXIF orientation and laid on white; one channel is repeated to three; tensors in
-    [-1, 1] (as the stock pipelines still take them) are shifted to [0, 1].
-
-    Args:
-        images: PIL, array (B, H, W, C) or tensor (B, C, H, W), one or a list.
-        processor: a `VaeImageProcessor` that does not normalise.
-        size: height, width, crops_coords, resize_mode of its `preprocess`.
-
-    Raises:
-        ValueError: no image, or channels that are neither 1 nor 3.
-    """
-    if images is None:
-        raise ValueError(f"`{name}` is None; expected a PIL image, an array or a tensor.")
-    pixels = processor.preprocess(upright(images, upright_rgb), **size).float()
-    if pixels.min() < 0:
-        pixels = pixels / 2 + 0.5
-    if pixels.shape[1] not in (1, 3):
-        raise ValueError(f"`{name}` has {pixels.shape[1]} channels; expected 1 or 3. Convert it to RGB.")
-    return pixels.expand(-1, 3, -1, -1)
-
-
-def to_known(masks, processor, **size) -> Tensor:
-    """What a caller hands in as masks, white = repaint -> (B, 1, H, W) float32, 1 = known, soft values kept."""
-    if masks is None:
-        raise ValueError("`mask_image` is None; expected a PIL image, an array or a tensor: white is repainted.")
-    painted = processor.preprocess(upright(masks, upright_mask), **size).float()
-    if painted.shape[1] != 1:
-        raise ValueError(f"`mask_image` has {painted.shape[1]} channels; expected 1. Convert it to greyscale.")
-    return 1 - painted.clamp(0, 1)
+_FAR = 8.0  # times what the operator gives of pictures, is no value of y
+_NOISY = 6.0  # standard deviations of noise, that no value of y is off
+_SIGNED = (-1.05, -0.5, 1.05)  # the least value of a y in [-1, 1] is between the first two, and all are below the last
 
 
 def to_y(y) -> Tensor:
-    """What a caller hands in as y -> (B, ...), float32 or complex64; values are never shifted or clamped.
+    """What a caller hands in as y -> (B, ...), float32 or complex64; floats are never shifted or clamped.
 
-    A tensor is y as its operator gives it, batch first. PIL images become (1, 1, H, W) if they are greyscale, otherwise
-    (1, 3, H, W), upright and on white. Arrays are image-shaped, (H, W), (H, W, C) or (B, H, W, C); bytes are divided by
-    255. A list is joined along the batch.
+    A tensor is y as its operator gives it, batch first. PIL images become (1, 1, H, W) if they have one channel,
+    otherwise (1, 3, H, W), upright and on white. Arrays are image-shaped, (H, W), (H, W, C) or (B, H, W, C). Whole
+    numbers are brought to [0, 1] by the rule in `vml_ldm.images.ranges`. A list is joined along the batch.
 
     Raises:
         TypeError: something else.
-        ValueError: an empty list, or parts of different shapes; an array that is not image-shaped; values that are not
-            finite.
+        ValueError: an empty list, or parts of different shapes; an array that is not image-shaped; whole numbers whose
+            type does not say what white is.
     """
     if isinstance(y, (list, tuple)):
         return _join([to_y(part) for part in y])
     if isinstance(y, Image.Image):
-        grey = y.mode in ("1", "L", "LA")
-        y = from_pil(y)[:, : 1 if grey else 3]
-    if isinstance(y, np.ndarray):
-        y = _to_channels_first(y)
-    if not isinstance(y, Tensor) or y.ndim == 0:
+        return _to_picture(y)
+    if not isinstance(y, (Tensor, np.ndarray)) or y.ndim == 0:
         what = type(y).__name__
         raise TypeError(f"`y` is {what}; expected a tensor (B, ...), a PIL image, an array, or a list of them.")
-    if not y.isfinite().all():
-        raise ValueError("`y` has values that are not finite; expected finite ones. Leave them out by the operator.")
-    if y.is_floating_point() or y.is_complex():  # any other type is refused by Measurement
-        y = y.to(torch.complex64 if y.is_complex() else torch.float32)
-    return y
+    if isinstance(y, np.ndarray):
+        return _to_channels_first(y)
+    return y.to(torch.complex64) if y.is_complex() else read_numbers(own(y), "y").pixels
+
+
+def _to_picture(image: Image.Image) -> Tensor:
+    """(1, 1 or 3, H, W) of a PIL image; floats as they are."""
+    if not is_deep(image):
+        return from_pil(image)[:, : 1 if image.mode in ("1", "L", "LA") else 3]
+    values = read_deep(ImageOps.exif_transpose(image), clear=1.0)
+    return values.pixels if values.kind == "float" else settle_range([values], [None], "y")[0]
 
 
 def _to_channels_first(array: np.ndarray) -> Tensor:
@@ -96,8 +59,7 @@ def _to_channels_first(array: np.ndarray) -> Tensor:
             f"`y` is an array of shape {array.shape}; expected (H, W), (H, W, C) or (B, H, W, C), C = 1 or 3. "
             "Pass anything else as a tensor, shaped as the operator gives it."
         )
-    pixels = torch.tensor(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return pixels.float() / 255 if array.dtype == np.uint8 else pixels
+    return read_numbers(images, "y").pixels.movedim(3, 1)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -106,6 +68,54 @@ def _join(parts: list[Tensor]) -> Tensor:
     if len(shapes) != 1:
         raise ValueError(f"`y` is a list of parts of shapes {shapes} after the batch; expected one shape.")
     return torch.cat(parts)
+
+
+def checked(observed: Measurement, size: tuple[int, int], noise_std: Tensor) -> Measurement:
+    """A measurement whose values its operator may have given; where that tells nothing, they are zero.
+
+    Args:
+        observed: y and its operator, which fit images of this size.
+        size: (height, width) in pixels.
+        noise_std: (B,), sigma_y as the caller named it.
+
+    Raises:
+        ValueError: values that are not finite where something was measured, or that are far beyond what the operator
+            gives of pictures in [0, 1], as 0 to 255 or [-1, 1] is.
+    """
+    operator, y = observed.operator, observed.y
+    told = observed.told()
+    for index, wrong in enumerate(~y.isfinite() & told):
+        if wrong.any():
+            raise ValueError(
+                f"`y` has values that are not finite: {int(wrong.sum())} of {wrong.numel()} in image {index}, counted "
+                "from 0; expected finite ones. Leave them out by the operator, as Mask does."
+            )
+    y = torch.where(told, y, 0)
+    _check_scale(operator, y, told, size, noise_std.max().item())
+    return Measurement(operator, y, 1.0)
+
+
+def _check_scale(operator, y: Tensor, told: Tensor, size: tuple[int, int], sigma_y: float) -> None:
+    """Raise ValueError for a y in other units than the operator's, of which three pictures tell."""
+    black = torch.zeros(len(y), 3, *size, dtype=y.real.dtype, device=y.device)
+    speckles = torch.rand(black.shape, generator=torch.Generator().manual_seed(0)).round().to(black)
+    with torch.no_grad(), uncast(y):
+        dark, bright, mixed = (torch.where(told, operator(image), 0) for image in (black, black + 1, speckles))
+    largest = max(seen.abs().max().item() for seen in (dark, bright, mixed))
+    if y.abs().max() > _FAR * largest + 10 * sigma_y and largest > 0:
+        raise ValueError(
+            f"`y` has values of up to {y.abs().max():.4g} in size, and the operator gives {largest:.4g} at most of "
+            "pictures in [0, 1]; expected y in the operator's units. Divide 8-bit values by 255, or pass them as uint8."
+        )
+    keeps = not y.is_complex() and (dark.abs() < 0.01).all() and (torch.where(told, bright - 1, 0).abs() < 0.01).all()
+    low, high = (0.0, 0.0) if y.is_complex() else (y.min().item(), y.max().item())
+    noise = _NOISY * sigma_y
+    least, most, top = _SIGNED
+    if keeps and least - noise <= low < most - noise and high <= top + noise:
+        raise ValueError(
+            f"`y` has values from {low:.4g} to {high:.4g}, as if in [-1, 1], and the operator maps black to 0 and "
+            "white to 1; expected [0, 1]. Pass y / 2 + 0.5, or name the noise by sigma_y if it is noise."
+        )
 
 
 def each(items: Tensor, count: int, copies: int, name: str) -> Tensor:
@@ -143,3 +153,24 @@ def check_generators(generator, batch: int) -> None:
     """Raise ValueError unless there is one generator, or one for each image."""
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators came for {batch} images; expected one, or one for each.")
+
+
+def check_numbers(a: SimpleNamespace) -> None:
+    """Refuse numbers of a call that no model could take, those that are there.
+
+    Raises:
+        ValueError: a count that is no whole number or below its least, or a scale that is no finite number.
+    """
+    for name, least in (("num_inference_steps", 1), ("num_images_per_prompt", 1), ("padding_mask_crop", 0)):
+        value = getattr(a, name, None)
+        if value is not None and not (is_whole(value) and value >= least):
+            raise ValueError(f"{name} is {value!r}; expected a whole number >= {least}.")
+    for name in ("guidance_scale", "strength"):
+        value = getattr(a, name, None)
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}; expected a finite number.")
+
+
+def is_whole(value) -> bool:
+    """Whether it is a whole number, of Python or numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

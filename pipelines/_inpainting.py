@@ -19,12 +19,13 @@ from torch.nn.functional import interpolate
 
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, parse_memory
 from vml_ldm.closeup import Part, parts_near
-from vml_ldm.images import seamless, upright_mask, upright_rgb
-from vml_ldm.measuring import check_std, measure_known, tell
+from vml_ldm.images import seamless
+from vml_ldm.measuring import check_std, measure_known, put_in, tell
 from vml_ldm.operators import Mask, own
-from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_known, to_pixels
+from vml_ldm.pipelines._common import check_generators, check_numbers, check_one_of, count_prompts, each
+from vml_ldm.pipelines._pixels import crop_pair, read_frame
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
-from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings
+from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels
 from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
 
 SOLVERS = ("vml", "none")
@@ -78,8 +79,12 @@ class InpaintingMixin:
     def _choose(self, a: SimpleNamespace) -> Settings:
         """The settings of a call, whose choices are checked."""
         check_one_of("solver", a.solver, SOLVERS)
+        if a.solver == "vml":
+            check_numbers(a)
         check_one_of("start", a.start, STARTS)
-        chosen = settings(a.preset, **{name: getattr(a, name) for name in EXPLICIT})
+        explicit = {name: getattr(a, name) for name in EXPLICIT}
+        about = {"inpaints": True, "guided": a.guidance_scale > 1, "drafts": self._has_draft(a)}
+        chosen = settings(a.preset, **about, **explicit)
         parse_memory(a.memory)
         if a.solver == "none" and a.return_report:
             raise ValueError("return_report=True came with solver='none'; expected solver='vml'. Stock has none.")
@@ -92,7 +97,7 @@ class InpaintingMixin:
             looked_at = ("solver", "return_report")
             theirs = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in looked_at]
         else:
-            theirs = [p for p in parameters if p.name in ("eta", "guidance_rescale")]
+            theirs = [p for p in parameters if p.name == "eta"]
         ignored = [f"{p.name}={given[p.name]!r}" for p in theirs if not _is_same(given[p.name], p.default)]
         if ignored:
             warnings.warn(f"solver={given['solver']!r} does not look at {', '.join(ignored)}.", stacklevel=5)
@@ -104,7 +109,7 @@ class InpaintingMixin:
         a.frame, batch = self._frame(a)
         frame = a.frame
         if not frame.known.any():
-            chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
+            chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
         levels, inner_steps = self._levels(a, chosen)
         chosen = replace(chosen, inner_steps=inner_steps)
         noise_std = check_std(sigma_y, batch, self._execution_device)
@@ -120,7 +125,12 @@ class InpaintingMixin:
             a.measurement = measured.measurement
             x_T = self._start(a, levels, frame, measured.latent, metered)
             self._add_mask(tensors, a, frame, prior)
-            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view)
+            end = (
+                None
+                if chosen.proximal is None
+                else lambda image: put_in(image, a.frame.pixels, a.frame.known, noise_std)
+            )
+            solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
             latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
             solution = conclude(latent, trace, measured.view(metered), measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
@@ -134,7 +144,8 @@ class InpaintingMixin:
         All of it too where the holes may grow, and where the VAE's decoder is told what the whole picture is.
         """
         may_grow = a.callback_on_step_end is not None and "mask" in a.callback_on_step_end_tensor_inputs
-        if not a.close_up or may_grow or chosen.inner_steps == 0 or isinstance(self.vae, AsymmetricAutoencoderKL):
+        draws = chosen.inner_steps > 0 or chosen.proximal is not None
+        if not a.close_up or may_grow or not draws or isinstance(self.vae, AsymmetricAutoencoderKL):
             return None
         return parts_near(a.frame.known, self.vae_scale_factor)
 
@@ -145,8 +156,7 @@ class InpaintingMixin:
         if a.padding_mask_crop is not None:
             size |= {"resize_mode": "fill", "crops_coords": self._crop(a)}
             overlay = self._overlay(a, size["crops_coords"])
-        pixels = to_pixels(self._decoded(a.image), self._processor(), **size)
-        known = to_known(a.mask_image, self._processor(do_convert_grayscale=True), **size)
+        pixels, known = read_frame(self._decoded(a), a.mask_image, self._processor(), **size)
         if pixels.shape[2:] != known.shape[2:]:
             raise ValueError(
                 f"`image` has {tuple(pixels.shape[2:])} pixels and `mask_image` {tuple(known.shape[2:])}; "
@@ -159,15 +169,19 @@ class InpaintingMixin:
         check_generators(a.generator, batch)
         return _Frame(pixels, known, overlay), batch
 
-    def _processor(self, **options) -> VaeImageProcessor:
-        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False, **options)
+    def _processor(self) -> VaeImageProcessor:
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
 
-    def _decoded(self, image):
-        """Image latents, which stock takes too, as pixels; anything else as it is."""
-        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == self.vae.config.latent_channels:
-            with self._new_prior([{}]) as prior:
-                return prior.decode(image.to(self._execution_device, torch.float32)).clamp(0, 1)
-        return image
+    def _decoded(self, a: SimpleNamespace):
+        """Image latents, which stock takes too, as pixels; any other image as it is."""
+        image, stride = a.image, self.vae_scale_factor
+        shape = (self.vae.config.latent_channels, a.height // stride, a.width // stride)
+        if not (isinstance(image, Tensor) and image.ndim == 4 and image.shape[1:] == shape):
+            return image
+        if not image.isfinite().all():
+            raise ValueError("`image` is latents, with values that are not finite; expected finite ones.")
+        with self._new_prior([{}]) as prior:
+            return prior.decode(image.to(self._execution_device, torch.float32)).clamp(0, 1)
 
     def _crop(self, a: SimpleNamespace) -> tuple[int, int, int, int] | None:
         """The part of the image that `padding_mask_crop` solves for; None (all of it) when nothing is painted."""
@@ -176,12 +190,7 @@ class InpaintingMixin:
                 f"`padding_mask_crop` came with an image that is {type(a.image).__name__} and a mask that is "
                 f"{type(a.mask_image).__name__}; expected PIL images, one of each."
             )
-        a.image, a.mask_image = upright_rgb(a.image), upright_mask(a.mask_image)
-        if a.image.size != a.mask_image.size:
-            raise ValueError(
-                f"`padding_mask_crop` came with an image of {a.image.size} and a mask of {a.mask_image.size} pixels; "
-                "expected the same size. Resize one of them."
-            )
+        a.image, a.mask_image = crop_pair(a.image, a.mask_image)
         if a.mask_image.getbbox() is None:
             return None
         return self.mask_processor.get_crop_region(a.mask_image, a.width, a.height, pad=a.padding_mask_crop)
@@ -190,7 +199,7 @@ class InpaintingMixin:
         return lambda images: [self.image_processor.apply_overlay(a.mask_image, a.image, i, crop) for i in images]
 
     def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, int]:
-        """The levels, and the inner steps at each.
+        """The levels, and the inner steps at each. Proximal ones are some of the scheduler's.
 
         At strength s < 1 the levels span the lower s of the scheduler's noise, and s of the budget pays for them, to
         the nearest step. (Stock rounds down, so that 0.9999 leaves the first step out: little of 50, much of 5.)
@@ -203,6 +212,12 @@ class InpaintingMixin:
                 "Raise strength or num_inference_steps."
             )
         count, inner_steps = chosen.split(steps)
+        if chosen.proximal is not None and not explicit:
+            levels = self._plan(a, a.num_inference_steps, chosen.renoise)
+            levels = levels.last(max(1, round(len(levels) * a.strength)))
+            levels = levels.at(spread_levels(levels.noise, count))
+            self._num_timesteps = len(levels)
+            return levels, inner_steps
         levels = self._plan(a, round(count / a.strength) if a.strength > 0 else count, chosen.renoise)
         self._num_timesteps = round(len(levels) * a.strength)
         if self._num_timesteps < 1:

@@ -15,7 +15,15 @@ from vml_ldm.adapters.diffusers import SchedulerLevels, parse_memory
 from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
-from vml_ldm.pipelines._common import check_generators, check_one_of, count_prompts, each, to_y
+from vml_ldm.pipelines._common import (
+    check_generators,
+    check_numbers,
+    check_one_of,
+    checked,
+    count_prompts,
+    each,
+    to_y,
+)
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, RESTORE_STARTS, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
@@ -78,14 +86,13 @@ class RestoringMixin:
         if a.start is None and a.solver != "vml":
             a.start = "measurement" if a.solver == "red-diff" else "noise"
         check_one_of("start", a.start, (*(RESTORE_STARTS if a.solver == "vml" else STARTS), None))
-        if not isinstance(a.num_inference_steps, int) or a.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {a.num_inference_steps!r}; expected a whole number >= 1.")
+        check_numbers(a)
         a.prompt = "" if a.prompt is None and a.prompt_embeds is None else a.prompt
         given = {name: getattr(a, name) for name in (*EXPLICIT, "correct_steps")}
         if a.red is not None and a.solver != "red-diff":
             raise ValueError(f"`red` came with solver={_name(a.solver)!r}; expected solver='red-diff', or no `red`.")
         if a.solver == "vml":
-            return settings(a.preset, **given)
+            return settings(a.preset, guided=a.guidance_scale > 1, drafts=self._has_draft(a), **given)
         renoise = given.pop("renoise") if callable(a.solver) else None
         for name, value in given.items():
             if value is not None:
@@ -118,7 +125,8 @@ class RestoringMixin:
             raise ValueError(f"`latents` has shape {tuple(a.latents.shape)}; expected {(len(y), *latent)}.")
         observed = Measurement(a.operator, y, 1.0)
         observed.check((a.height, a.width))
-        return observed, check_std(a.sigma_y, len(y), y.device)
+        noise_std = check_std(a.sigma_y, len(y), y.device)
+        return checked(observed, (a.height, a.width), noise_std), noise_std
 
     def _levels(self, a: SimpleNamespace, chosen: Settings) -> tuple[SchedulerLevels, Settings]:
         """The levels, and the settings with the inner steps at each."""

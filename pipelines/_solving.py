@@ -56,8 +56,8 @@ from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
-from vml_ldm.optimize import Settle
 from vml_ldm.presets import THROUGHOUT, Settings
+from vml_ldm.proximal import Settle
 from vml_ldm.report import Report, memory_text
 from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
 
@@ -274,6 +274,7 @@ class SolvingMixin:
             condition=conditions[-1],
             negative=conditions[0] if len(conditions) > 1 else None,
             guidance_scale=self.guidance_scale,
+            guidance_rescale=getattr(self, "_guidance_rescale", 0.0),
         )
 
     def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
@@ -298,10 +299,11 @@ class SolvingMixin:
             parts: what of it steps draw; None: all.
         """
         shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
-        decoder = chosen.inner_steps > 0
-        denoiser = decoder and chosen.jacobian == "exact"
-        draft = self.gradient_vae if self._is_drafting(a, chosen) else None
-        draft_last = chosen.use_gradient_vae == THROUGHOUT
+        steps = chosen.inner_steps > 0
+        decoder = steps or (chosen.proximal is not None and chosen.corrections(a.num_inference_steps) > 0)
+        denoiser = steps and chosen.jacobian == "exact"
+        draft = self.gradient_vae if self._has_draft(a) else None
+        draft_last = chosen.use_gradient_vae == THROUGHOUT or (chosen.proximal is not None and draft is not None)
 
         @cache
         def footprints() -> Footprints:  # where something is to be predicted
@@ -325,11 +327,11 @@ class SolvingMixin:
         _say(fitted, a.memory)
         return (replace(chosen, jacobian="free") if prior.plan.free else chosen), fitted
 
-    def _is_drafting(self, a: SimpleNamespace, chosen: Settings) -> bool:
+    def _has_draft(self, a: SimpleNamespace) -> bool:
         """Whether levels draw with the small decoder."""
         if getattr(a, "solver", "vml") != "vml":
             return False
-        return self.gradient_vae is not None if chosen.use_gradient_vae is None else bool(chosen.use_gradient_vae)
+        return self.gradient_vae is not None if a.use_gradient_vae is None else bool(a.use_gradient_vae)
 
     def _noise(self, a: SimpleNamespace, like: Tensor) -> Tensor:
         """x_T (B, c, h, w) float32 of noise alone, in the scaling of the scheduler's first level."""
@@ -357,10 +359,11 @@ class SolvingMixin:
             jacobian=chosen.jacobian,
             stop_at=chosen.stop_at,
             generator=a.generator,
-            draft=view(prior.drafting(self._draft(prior.prior))) if self._is_drafting(a, chosen) else None,
+            draft=view(prior.drafting(self._draft(prior.prior))) if self._has_draft(a) else None,
             draft_last=chosen.use_gradient_vae == THROUGHOUT,
             correct_steps=chosen.corrections(a.num_inference_steps),
             settle=settle,
+            proximal=chosen.proximal,
         )
 
     def _draft(self, prior: GuidedPrior) -> Prior:

@@ -30,7 +30,8 @@ class XLMixin(SolvingMixin):
 
     def _remember(self, a: SimpleNamespace) -> None:
         super()._remember(a)
-        self._guidance_rescale, self._denoising_start, self._denoising_end = 0.0, None, None
+        self._guidance_rescale = getattr(a, "guidance_rescale", 0.0)
+        self._denoising_start, self._denoising_end = None, None
 
     def _time_ids(self, a: SimpleNamespace, projection: int) -> tuple[Tensor, Tensor]:
         """(1, 6) or (1, 5), float32: sizes, crop and perhaps an aesthetic score, and the same for the negative prompt.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.proximal import Proximal
 
 
 class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPipeline):
@@ -65,6 +66,7 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         memory: str | int = "auto",
         close_up: bool = True,
         paste: bool = True,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
         **kwargs,
     ) -> VMLPipelineOutput | tuple:
@@ -76,13 +78,13 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         - `mask_image` keeps soft values: a pixel painted p in [0, 1] is measured as ``(1 - p) x0``, so its squared
           residual weighs (1 - p)^2, and the paste mixes ``(1 - p) original + p result``. Stock binarises.
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
-        - `num_inference_steps` is the budget of denoiser evaluations. K inner steps and one estimate for the next state
-          make K + 1 evaluations a level. Unless `inner_steps` is given, the last level takes 2 K steps, so that there
-          are ``(budget - K) // (K + 1)`` levels, and a short budget lowers K before it goes below four of them.
-          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
-          and share the budget: K is lowered to what it pays, but not below 1.
-        - The estimate is conditioned on the prompt alone; guidance moves the state handed to the next level, by no
-          more than a tenth of that level's noise (see `StableDiffusionPrior.guide`).
+        - `num_inference_steps` are the scheduler's levels, of which the preset solves some: of 50, "fast" and
+          "balanced" eight, "best" sixteen, and four at least. `num_timesteps`, the progress bar and callbacks count
+          those. Explicit `timesteps` or `sigmas` are the levels themselves. Without proximal levels the steps are a
+          budget of denoiser evaluations: a level of K inner steps takes K + 1, and unless `inner_steps` is given, the
+          last one 2 K steps and a short budget a lower K.
+        - `guidance_scale` means what it means in stock, at every value: the prior is guided, and the solver seeks its
+          mode under the known pixels (see `vml_ldm.guidance`). Guided levels take no steps through the denoiser.
         - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
         - `eta` has no effect, of which a warning tells: `renoise` says how the next state is made.
 
@@ -90,10 +92,12 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             solver: "vml", or "none" for the stock pipeline, bit for bit; a warning names what it does not look at.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; a number or
                 one for each image. None is 0, for a clean image that is edited. The solver adds the VAE's own error.
-            jacobian: "exact" pulls the gradient back through the UNet; "free" saves that backward pass. None: the
-                preset's.
-            preset: "fast", "balanced" or "best": half, one and two times the budget (see `vml_ldm.presets.PRESETS`).
-            inner_steps: K, inner steps a level, >= 0. None: the preset's, and twice as many at the last level.
+            jacobian: of inner steps. "exact" pulls the gradient back through the UNet; "free" saves that backward pass.
+                None: the preset's.
+            preset: "fast", "balanced" or "best" (see `vml_ldm.presets`). "fast" asks no network for a gradient. The
+                others end with corrections by the decoder, and where nothing is guided, levels of much noise take a
+                step through the denoiser; both need `gradient_vae`.
+            inner_steps: K, inner steps a level, >= 0. None: the preset's.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to
                 the first level. At strength < 1 the start is `image`, as it is in the stock pipeline.
@@ -116,6 +120,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
             paste: put the known pixels back: where the mask is black the result is bit-identical to `image` (at
                 height x width), and beside it the decoder's own error is taken off, so that no seam shows (see
                 `vml_ldm.images.seamless`). False returns the solver's own image.
+            proximal: levels end by putting the known pixels into the estimate's image (`vml_ldm.proximal`). None: yes,
+                unless `inner_steps` or `jacobian` is given, which ask for the plain algorithm. False: the plain
+                algorithm, K inner steps at each level. A `Proximal`: which levels consist of it alone, and how.
             return_report: also return a `vml_ldm.report.Report`.
 
         Returns:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, SchedulerLevels, check_flow_scheduler, flow_levels
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput, sides
+from vml_ldm.proximal import Proximal
 
 _POOLED = "pooled_prompt_embeds"
 
@@ -78,6 +79,7 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         memory: str | int = "auto",
         close_up: bool = True,
         paste: bool = True,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
         """Repaint the white part of `mask_image`.
@@ -94,8 +96,8 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, return_report: as for
-                `VMLInpaintPipeline`.
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, proximal, return_report: as
+                for `VMLInpaintPipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

@@ -12,6 +12,7 @@ from torch import Tensor
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
+from vml_ldm.proximal import Proximal
 
 
 class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPipeline):
@@ -78,6 +79,7 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
         memory: str | int = "auto",
         close_up: bool = True,
         paste: bool = True,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
         **kwargs,
     ) -> VMLPipelineOutput | tuple:
@@ -91,16 +93,15 @@ class VMLInpaintXLPipeline(InpaintingMixin, XLMixin, StableDiffusionXLInpaintPip
           is `image` itself, noised to the first level. The stock default 0.9999 keeps every level and so starts from
           `image` at the most noise, where traces of what is painted over are left; `start` has no effect then.
         - `denoising_start` and `denoising_end` are refused: a base and a refiner do not share a solve.
-        - `guidance_rescale` has no effect, of which a warning tells: guidance is bounded already (see
-          `GuidedPrior.guide`).
+        - `guidance_rescale` acts as in stock, on the noise that the guided estimate leaves (`guidance.rescaled`).
         - A watermark (stock has one if the package invisible-watermark is installed) is laid over the whole image, the
           known pixels too. Load with `add_watermarker=False` to keep them bit-identical.
 
         Args:
             solver: "vml", or "none" for the stock pipeline, bit for bit.
             sigma_y: standard deviation of the noise on the known pixels, >= 0, in units of [0, 1] images; None is 0.
-            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, return_report: as for
-                `VMLInpaintPipeline`.
+            jacobian, preset, inner_steps, renoise, start, use_gradient_vae, memory, paste, proximal, return_report: as
+                for `VMLInpaintPipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

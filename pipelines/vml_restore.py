@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
+from vml_ldm.proximal import Proximal
 from vml_ldm.red import RedDiff
 from vml_ldm.solve import Solution
 
@@ -61,6 +62,7 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
         """Find an image that the operator maps to y.
@@ -77,10 +79,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
           short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
           `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
           and share the budget: K is lowered to what it pays, but not below 1.
-        - `guidance_scale` is 1, none: the estimate is conditioned on the prompt alone, and y says the rest. (Guidance
-          moves the state handed to the next level, by no more than a tenth of that level's noise. On 16 validation
-          images a scale of 7.5 cost 0.4 dB where half of a picture is missing, 0.1 dB in other tasks.) RED-diff takes
-          none.
+        - `guidance_scale` is 1, none: y says the rest. A larger one means what it means in stock: the prior is guided,
+          and the solver seeks its mode under y. RED-diff takes none.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.
 
         Args:
@@ -104,11 +104,13 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
                 picture or of its colours open, VML takes more levels of half as many inner steps.
             jacobian, inner_steps, renoise, use_gradient_vae: of VML, as for `VMLInpaintPipeline`. None: the preset's.
             correct_steps: of VML, steps that bring the last estimate nearer to y without the denoiser
-                (`vml_ldm.optimize.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
+                (`vml_ldm.proximal.correct`), >= 0; 0 is the plain algorithm. None: a third of the budget, or a sixth
                 (at most 8) where the start is not "measurement".
             memory: as for `VMLInpaintPipeline`.
             pixel_step: after the last level, put into the image what the decoder could not draw of y, as far as y's
                 noise lets: see `vml_ldm.measuring.settle`. For linear operators; others' images are the decoder's.
+            proximal: True or a `vml_ldm.Proximal`: levels of VML end with a proximal step, in pixels for linear
+                operators, by the decoder for others. None and False: they do not.
             red: settings of RED-diff; None: the authors'. The indices of an order in it are those of the levels.
             return_report: also return a `vml_ldm.report.Report`.
 

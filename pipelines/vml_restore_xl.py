@@ -13,6 +13,7 @@ from torch import Tensor
 from vml_ldm.pipelines._restoring import RestoringMixin
 from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.pipelines._xl import XLMixin
+from vml_ldm.proximal import Proximal
 from vml_ldm.red import RedDiff
 from vml_ldm.solve import Solution
 
@@ -73,6 +74,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
         memory: str | int = "auto",
         pixel_step: bool = True,
         red: RedDiff | None = None,
+        proximal: bool | Proximal | None = None,
         return_report: bool = False,
     ) -> VMLPipelineOutput | tuple:
         """Find an image that the operator maps to y.
@@ -86,7 +88,7 @@ class VMLRestoreXLPipeline(RestoringMixin, XLMixin, StableDiffusionXLPipeline):
             operator: image (B, 3, height, width) float32 in [0, 1] -> y, differentiable.
             sigma_y: standard deviation of the noise in y, >= 0, in units of y; None is 0.
             solver, start, preset, jacobian, inner_steps, correct_steps, renoise, use_gradient_vae, memory, pixel_step,
-                red, return_report: as for `VMLRestorePipeline`.
+                red, proximal, return_report: as for `VMLRestorePipeline`.
 
         Returns:
             `VMLPipelineOutput` (`images`, `report`), or with `return_dict=False` the tuple (images,), and the report

@@ -75,6 +75,17 @@ def test_a_stopped_solve_ends_after_its_level_with_its_report(solver) -> None:
     assert len(last.residuals) < LEVELS
 
 
+@pytest.mark.parametrize("moment", ["before it is begun", "before its checks"])
+def test_a_stop_that_comes_early_is_not_lost(solver, monkeypatch, moment) -> None:
+    frames, check = solver.frames(solver.inpaint, seed=0, **problem()), solver.inpaint._check
+    if moment == "before it is begun":
+        solver.stop()
+    else:
+        monkeypatch.setattr(solver.inpaint, "_check", lambda *given: (solver.stop(), check(*given)))
+    *_, last = frames
+    assert last.report is not None and len(last.residuals) == 1
+
+
 def test_whoever_goes_away_stops_the_solve(solver) -> None:
     frames = solver.frames(solver.inpaint, seed=0, **problem())
     next(frames)
@@ -122,17 +133,53 @@ def test_restoring_takes_every_damage_of_the_command_line(solver, task, simulate
         (edited(layers=[]), "Nothing is painted over"),
     ],
 )
-def test_what_cannot_be_inpainted_is_said(solver, editor, message) -> None:
-    with pytest.raises(gr.Error, match=message):
-        next(app._inpainting(solver)(editor, *WISHES))
+def test_what_cannot_be_inpainted_is_a_warning_and_the_page_stays(solver, editor, message) -> None:
+    assert kept_and_said(app._inpainting(solver), editor, *WISHES) == message
 
 
-def test_what_cannot_be_restored_is_said(solver) -> None:
+def kept_and_said(handler, *given) -> str:
+    """The beginning of the warning of a handler that leaves everything that the page shows as it was."""
+    with pytest.warns(UserWarning) as said:
+        (shown,) = app._telling(handler)(*given)
+    assert shown == (gr.skip(),) * len(app._results()[1])
+    return str(said[0].message).split(".")[0].split(";")[0]
+
+
+def test_what_cannot_be_restored_is_a_warning_and_the_page_stays(solver) -> None:
     values = [widget.value for widget in app._widgets("kernel").values()]
-    with pytest.raises(gr.Error, match="There is no picture"):
-        next(app._restoring(solver)(None, True, "sr4", 0.0, *values, *WISHES))
-    with pytest.raises(gr.Error, match="there is no kernel"):
-        next(app._restoring(solver)(picture(), True, "kernel", 0.0, *values, *WISHES))
+    restore = app._restoring(solver)
+    assert kept_and_said(restore, None, True, "sr4", 0.0, *values, *WISHES) == "There is no picture"
+    assert kept_and_said(restore, picture(), True, "kernel", 0.0, *values, *WISHES) == "there is no kernel"
+    negative = Image.fromarray(np.full((SIZE, SIZE), -1, dtype=np.int32))
+    assert "mode I" in kept_and_said(restore, negative, True, "sr4", 0.0, *values, *WISHES)
+
+
+def test_a_mistake_that_shows_in_the_solve_ends_as_a_warning_and_a_status(solver) -> None:
+    with pytest.warns(UserWarning, match="preset is 'slow'"):
+        *_, last = app._telling(app._inpainting(solver))(edited(), "", "slow", *WISHES[2:])
+    assert last[0].startswith("Not solved") and last[1:] == (gr.skip(),) * 5
+
+
+def test_the_first_view_has_a_painted_example_and_sizes_are_told_before_a_run(solver) -> None:
+    first = app._painted_example()
+    _, hole = app._read_editor(first)
+    assert 0.02 < (np.asarray(hole) > 0).mean() < 0.2
+    sizes = {"native": 128, "stride": 8}
+    assert "256 x 256, scaled to 128 x 128" in app._size_to_inpaint(sizes, first)
+    values = [widget.value for widget in app._widgets("sr4").values()]
+    told = lambda simulate, task: app._size_to_restore(sizes, first["background"], simulate, task, 0.0, *values)  # noqa: E731
+    assert "256 x 256, brought to 128 x 128 before it is damaged" in told(True, "sr4")
+    assert "256 x 256, scaled to 32 x 32, solved at 128 x 128" in told(False, "sr4")
+    assert told(False, "kernel").startswith("Cannot be solved: there is no kernel")
+    assert app._size_to_inpaint(sizes, None) == app._size_to_restore(sizes, None, True, "sr4", 0.0, *values) == ""
+
+
+def test_a_measurement_of_16_bits_is_restored_at_its_depth(solver) -> None:
+    ramp = np.linspace(0, 65535, SIZE * SIZE).round().reshape(SIZE, SIZE).astype(np.uint16)
+    values = [widget.value for widget in app._widgets("deblur").values()]
+    *_, last = app._restoring(solver)(Image.fromarray(ramp), False, "deblur", 0.0, *values, *WISHES)
+    before, _ = last[2]["value"]
+    assert np.abs(np.asarray(before)[..., 0] - ramp / 257).max() <= 1
 
 
 def test_the_page_asks_nobody_for_fonts_and_sends_no_analytics(solver) -> None:

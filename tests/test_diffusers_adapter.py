@@ -14,10 +14,10 @@ from diffusers import (
     IPNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from gaussian import Linear, random_problem
 
 from vml_ldm.adapters.diffusers import NonFiniteError, StableDiffusionPrior, check_scheduler, scheduler_levels
-from vml_ldm.guidance import REACH
 from vml_ldm.operators import Measurement
 from vml_ldm.solve import noise_like, vml_levels, vml_map
 
@@ -146,18 +146,24 @@ def test_timestep_is_looked_up_between_whole_steps():
 
 
 @torch.no_grad()
-def test_guidance_extrapolates_from_the_negative_prompt_within_its_reach():
-    """z0 + (w - 1) (D(prompt) - D(negative)) for a small w; for any w the push stays within the noise's reach."""
+def test_guidance_is_that_of_stock_at_every_scale():
+    """``D_n + w (D_c - D_n)``, in one batch or as a push of the conditional estimate; SDXL's rescaling in its noise."""
     x_t, (alpha, sigma) = noise(2, 4, 8, 8), (0.8, 0.6)
-    near, far = prior(guidance_scale=1.001), prior(guidance_scale=1e6)
-    positive = near.denoise(x_t, alpha, sigma)
-    near.condition = near.negative
-    negative = near.denoise(x_t, alpha, sigma)
-    assert torch.allclose(near.guide(x_t, positive, alpha, sigma), positive + 0.001 * (positive - negative), atol=1e-5)
-    push = far.guide(x_t, positive, alpha, sigma) - positive
-    assert torch.allclose(push.square().mean((1, 2, 3)).sqrt(), torch.tensor(REACH * 0.6), rtol=1e-3)
-    assert torch.cosine_similarity(push.flatten(1), (positive - negative).flatten(1)).min() > 0.999
-    assert prior().guide is None
+    model = prior(guidance_scale=7.5)
+    conditional = model.denoise(x_t, alpha, sigma)
+    other = prior(guidance_scale=7.5)
+    other.condition = other.negative
+    negative = other.denoise(x_t, alpha, sigma)
+    expected = negative + 7.5 * (conditional - negative)
+    assert torch.allclose(model.guided(x_t, alpha, sigma), expected, atol=1e-4)
+    assert torch.allclose(conditional + model.push(x_t, conditional, alpha, sigma), expected, atol=1e-4)
+
+    model.guidance_rescale = 0.7
+    e = lambda z: (x_t - alpha * z) / sigma  # noqa: E731
+    stock = rescale_noise_cfg(e(expected), e(conditional), guidance_rescale=0.7)
+    assert torch.allclose(e(model.guided(x_t, alpha, sigma)), stock, atol=1e-4)
+    assert prior().push is None
+    assert torch.equal(prior().guided(x_t, alpha, sigma), prior().denoise(x_t, alpha, sigma))
 
 
 def test_pull_backs_are_autograd_s_and_leave_the_weights_as_they_were():
@@ -254,7 +260,7 @@ def test_a_draft_differs_in_its_decoder_alone():
     z, x = noise(2, 4, 2, 2), noise(2, 4, 2, 2, seed=4)
     with prior(guidance_scale=7.5) as full:
         same, small = full.draft(full.vae), full.draft(tiny.gradient_vae())
-        assert torch.equal(same.decode(z), full.decode(z)) and same.guide == small.guide == full.guide
+        assert torch.equal(same.decode(z), full.decode(z)) and same.push == small.push == full.push
         image = tiny.gradient_vae().decode(z).sample / 2 + 0.5
         assert torch.equal(small.decode(z), image) and torch.equal(small.decode_pullback(z)[0], image)
         full.condition["encoder_hidden_states"] = noise(2, 5, 128, seed=9)  # a callback's

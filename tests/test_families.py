@@ -212,7 +212,7 @@ def test_a_callback_takes_guidance_away(family, pipe):
     out = call(pipe, callback_on_step_end=cut, callback_on_step_end_tensor_inputs=names, return_report=True)
     guided = call(pipe, return_report=True).report
     assert pipe.guidance_scale != 0 and guided.levels == out.report.levels == 3
-    assert guided.calls["denoise"] - out.report.calls["denoise"] == 1
+    assert guided.calls["denoise"] - out.report.calls["denoise"] == 2
 
 
 def test_save_and_load_and_the_file_as_a_custom_pipeline(family, pipe, tmp_path):
@@ -499,6 +499,6 @@ def test_an_lcm_unet_takes_its_guidance_as_a_condition():
 def test_turbo_needs_one_to_four_steps_and_no_guidance(steps, guidance_scale):
     pipe = sd2(tiny.scheduler(cls=EulerDiscreteScheduler, timestep_spacing="trailing"))
     out = call(pipe, num_inference_steps=steps, guidance_scale=guidance_scale, inner_steps=None, return_report=True)
-    assert out.report.levels == max(1, steps // 2) and out.report.inner_steps == 1
+    assert out.report.levels == steps and out.report.inner_steps == 0
     assert out.report.trace[0]["sigma"] == pytest.approx(float(pipe.scheduler.sigmas[0]))
     assert np.array_equal(out.images[0][KNOWN], np.asarray(picture(), dtype=np.float32)[KNOWN] / 255)

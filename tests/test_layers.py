@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 # The core's layers follow the data: operators -> objective -> optimize -> solve; then the edges.
 # The most specific name wins. A new module needs a line here (and one in CONTRIBUTING.md's table).
 RULES = {
-    "vml_ldm": Rule(6, frozenset()),
+    "vml_ldm": Rule(7, frozenset()),
     "vml_ldm.assets": Rule(0, frozenset()),
     "vml_ldm.operators": Rule(0, frozenset({"torch"})),
     "vml_ldm.damage": Rule(1, frozenset({"torch"})),
@@ -40,28 +40,29 @@ RULES = {
     "vml_ldm.fitting": Rule(1, frozenset({"torch"})),
     "vml_ldm.objective": Rule(1, frozenset({"torch"})),
     "vml_ldm.optimize": Rule(2, frozenset({"torch"})),
+    "vml_ldm.proximal": Rule(3, frozenset({"torch"})),
     "vml_ldm.pixels": Rule(0, frozenset({"torch"})),
     "vml_ldm.guidance": Rule(0, frozenset({"torch"})),
     "vml_ldm.images": Rule(0, frozenset({"torch", "numpy", "PIL"})),
     "vml_ldm.report": Rule(0, frozenset({"torch"}), in_functions=frozenset({"matplotlib"})),
     "vml_ldm.spread": Rule(0, frozenset({"torch"})),
-    "vml_ldm.solve": Rule(3, frozenset({"torch"})),
-    "vml_ldm.measuring": Rule(4, frozenset({"torch"})),
-    "vml_ldm.presets": Rule(4, frozenset()),
-    "vml_ldm.red": Rule(4, frozenset({"torch"})),
-    "vml_ldm.adapters": Rule(4, frozenset()),
-    "vml_ldm.adapters.diffusers": Rule(4, frozenset({"torch", "numpy", "diffusers"})),
+    "vml_ldm.solve": Rule(4, frozenset({"torch"})),
+    "vml_ldm.measuring": Rule(5, frozenset({"torch"})),
+    "vml_ldm.presets": Rule(5, frozenset()),
+    "vml_ldm.red": Rule(5, frozenset({"torch"})),
+    "vml_ldm.adapters": Rule(5, frozenset()),
+    "vml_ldm.adapters.diffusers": Rule(5, frozenset({"torch", "numpy", "diffusers"})),
     "vml_ldm.adapters.comfyui": Rule(
-        4,
+        5,
         frozenset({"torch", "comfy", "latent_preview"}),
         in_functions=frozenset({"diffusers", "transformers"}),  # the bundled checkpoint's networks
     ),
-    "vml_ldm.pipelines": Rule(5, HOSTS),
-    "vml_ldm.nodes": Rule(5, frozenset({"torch", "comfy_api"})),
-    "vml_ldm.evaluation": Rule(7, ANYTHING),
-    "vml_ldm.batch": Rule(7, HOSTS),
-    "vml_ldm.app": Rule(8, ANYTHING),
-    "vml_ldm.cli": Rule(9, ANYTHING),
+    "vml_ldm.pipelines": Rule(6, HOSTS),
+    "vml_ldm.nodes": Rule(6, frozenset({"torch", "comfy_api"})),
+    "vml_ldm.evaluation": Rule(8, ANYTHING),
+    "vml_ldm.batch": Rule(8, HOSTS),
+    "vml_ldm.app": Rule(9, ANYTHING),
+    "vml_ldm.cli": Rule(10, ANYTHING),
 }
 
 

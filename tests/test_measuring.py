@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vml_ldm.measuring import settle
+from vml_ldm.measuring import put_in, settle
 from vml_ldm.operators import HDR, Downsample, Mask, Measurement, squares
 
 SIZE = (16, 16)
@@ -42,3 +42,30 @@ def test_what_noise_hides_and_what_is_not_linear_stays():
     quiet, loud = (settle(drawn, Measurement(Downsample(4), y, 0.1), torch.tensor([s])) for s in (0.0, 100.0))
     assert squares(loud - drawn) < 0.1 * squares(quiet - drawn)
     assert settle(drawn, Measurement(HDR(), HDR()(pictures(1)), 0.1), none) is drawn
+
+
+@pytest.mark.parametrize(("noise_std", "error"), [(0.0, 0.1), (0.1, 0.1), (0.1, 0.3)])
+def test_known_pixels_are_put_in_as_far_as_their_noise_lets(noise_std, error):
+    """Of noisy pixels and an image with an error of its own, the mean of least variance; clean ones as they are."""
+    truth, draw = torch.full((8, 3, *SIZE), 0.5), torch.Generator().manual_seed(5)
+    known = torch.ones(8, 1, *SIZE)
+    known[..., 8:] = 0
+    noise = lambda size: size * torch.randn(truth.shape, generator=draw)  # noqa: E731
+    y, image = truth + noise(noise_std), truth + noise(error)
+    put = put_in(image, y, known, torch.full((8,), noise_std))
+    left = (put - truth)[..., :8]
+    if noise_std == 0:
+        assert torch.equal(put[..., :8], y[..., :8])
+    else:
+        least = (noise_std**-2 + error**-2) ** -0.5
+        assert left.square().mean().sqrt() < 1.15 * least
+    assert torch.allclose(put[..., 13:], image[..., 13:].clamp(0, 1), atol=1e-6)
+
+
+def test_known_pixels_count_alone_and_each_image_by_its_own_noise():
+    image, y, known = pictures(0, 2), pictures(1, 2), (pictures(2, 2)[:, :1] > 0.5).float()
+    both = put_in(image, y, known, torch.tensor([0.0, 0.05]))
+    alone = [put_in(image[i : i + 1], y[i : i + 1], known[i : i + 1], torch.tensor([0.05 * i])) for i in range(2)]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-6)
+    other = torch.where(known > 0, y, torch.rand_like(y))
+    assert torch.equal(both, put_in(image, other, known, torch.tensor([0.0, 0.05])))

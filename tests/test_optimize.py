@@ -8,8 +8,9 @@ from gaussian import GaussianPrior, Linear, random_problem
 from test_objective import SCALES
 
 from vml_ldm.objective import NonFiniteError, linearise, vml_bracket, vml_gradient
-from vml_ldm.operators import Measurement
-from vml_ldm.optimize import Descent, InnerStep, correct, descend, precondition, secant_length
+from vml_ldm.operators import Custom, Measurement
+from vml_ldm.optimize import Descent, InnerStep, descend, precondition, secant_length
+from vml_ldm.proximal import correct
 
 DOUBLE = {"dtype": torch.float64}
 NEWTON = InnerStep(precondition="gauss-newton", cg_steps=6)
@@ -85,6 +86,15 @@ def test_the_preconditioner_is_the_dense_inverse(prior, operator):
         assert torch.allclose(u[i].flatten(), torch.linalg.solve(n, b[i].flatten()), rtol=1e-7, atol=1e-10)
     if operator is Solving:  # the closed form is for pixels alone
         assert measurement.operator.solved == hasattr(prior, "pixel_scale")
+
+
+@pytest.mark.parametrize("wrap", [lambda custom: custom, lambda custom: lambda x: custom(x) + x.sum()])
+def test_a_preconditioner_needs_an_operator_with_two_derivatives(wrap):
+    _, h, y = random_problem()
+    squared = wrap(Custom(lambda x: Linear(h)(x) ** 2, lambda x, c: Linear(h).adjoint(2 * Linear(h)(x) * c)))
+    measurement, z = Measurement(squared, y, 0.1), draw(1, 1, 1, 6)
+    with pytest.raises(TypeError, match=r"can be differentiated once.*; expected .*precondition='none'"):
+        precondition(z, z, prior=pixels(0.5), measurement=measurement, noise=0.7, cg_steps=2)
 
 
 @pytest.mark.parametrize("cg_steps", [1, 3])
@@ -215,7 +225,17 @@ def test_a_batch_is_what_its_images_are_alone(step):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rule": "adam"}, {"rule": 0.0}, {"rule": float("inf")}, {"precondition": "svd"}, {"cg_steps": 0}]
+    "wrong",
+    [
+        {"rule": "adam"},
+        {"rule": 0.0},
+        {"rule": float("inf")},
+        {"rule": float("nan")},
+        {"rule": True},
+        {"precondition": "svd"},
+        {"cg_steps": 0},
+        {"cg_steps": True},
+    ],
 )
 def test_bad_steps_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
@@ -271,9 +291,11 @@ def test_a_step_does_not_rely_on_a_gradient_that_outgrows_those_it_is_made_of():
 def test_no_trial_is_further_than_the_level_s_noise():
     rule = InnerStep("secant").begin("exact", noise=0.5)
     v, long = torch.ones(1, 1, 2, 2), lambda d, v: torch.tensor([7.0])
-    d, eta = rule(torch.zeros_like(v), v, long)
+    d, eta = rule(torch.zeros_like(v), v, long, torch.ones(1, dtype=torch.bool))
     assert (eta * d).square().mean().sqrt() == 0.5
-    rule(torch.zeros_like(v), 2 * v, long)  # v rises: the next trial's length is `long` again
+    rule(
+        torch.zeros_like(v), 2 * v, long, torch.ones(1, dtype=torch.bool)
+    )  # v rises: the next trial's length is `long` again
     assert (rule.eta * rule.d).square().mean().sqrt() == pytest.approx(0.5)
 
 
@@ -321,10 +343,10 @@ def test_a_secant_step_is_bounded_where_its_trial_was_not_as_it_should_be():
         asked.append(d)
         return torch.full((2,), 0.5, **DOUBLE)
 
-    d, eta = rule(torch.zeros_like(v), v, length)
+    d, eta = rule(torch.zeros_like(v), v, length, torch.ones(2, dtype=torch.bool))
     assert torch.equal(d, v) and eta.tolist() == [0.5, 0.5]
     v_trial = torch.tensor([0.5, 1.5], **DOUBLE).reshape(2, 1, 1, 1)
-    move, one = rule(d * 0.5, v_trial, length)
+    move, one = rule(d * 0.5, v_trial, length, torch.ones(2, dtype=torch.bool))
     assert one.tolist() == [1, 1] and len(asked) == 2
     ends = [1.0, 0.5]  # twice the trial, where v is 0; at the trial
     beta = 1.5 * (1.5 - 1)  # of Polak and Ribiere, for the second; the first has v = 0 and goes nowhere
@@ -395,3 +417,26 @@ def test_a_corrected_batch_is_what_its_images_are_alone():
         alone = Measurement(at["measurement"].operator, at["measurement"].y[i : i + 1], 0.1)
         _, found = corrected({**at, "measurement": alone}, x_t[i : i + 1], steps=8, stop_at=2.0)
         assert torch.allclose(found.z0_hat, together.z0_hat[i : i + 1], atol=1e-10)
+
+
+def test_an_image_at_rest_asks_for_no_decode():
+    """Problems with operators of other sizes come to rest one by one; each counts its decodes as it would alone."""
+    prior, h, y = random_problem()
+    clear = y.clone()
+    at = {"alpha": 0.8, "sigma": 0.6, "steps": 8, "stop_at": 1.0}
+    x_t = torch.randn(2, 1, 1, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    drawn = []
+
+    class Counting(GaussianPrior):
+        def decode(self, z):
+            drawn.append(len(z))
+            return z
+
+    def decodes(rows, sigma_y) -> int:
+        drawn.clear()
+        measurement = Measurement(Linear(h), clear.expand(len(rows), -1, -1, -1), torch.tensor(sigma_y))
+        descend(x_t[rows], prior=Counting(prior.mean, prior.cov), measurement=measurement, **at)
+        return len(drawn)
+
+    resting, moving = decodes([0], [100.0]), decodes([1], [1e-3])
+    assert resting == 1 and decodes([0, 1], [100.0, 1e-3]) == moving

@@ -227,6 +227,8 @@ def test_a_level_can_be_edited_on_the_way():
         {"order": []},
         {"order": [0, 3]},
         {"order": [-1]},
+        {"order": [0.5]},
+        {"order": [True, False]},
         {"lr": 0.0},
         {"lr": math.nan},
         {"lambda_": -0.25},
@@ -246,6 +248,12 @@ def test_bad_choices_are_refused_before_any_network_runs(options):
 
     with pytest.raises(ValueError, match="expected"):
         solve(start(), prior=Untouched(), **options)
+
+
+@pytest.mark.parametrize("order", ["sideways", [], [-1], [1.5], [True]], ids=str)
+def test_settings_know_a_bad_order(order):
+    with pytest.raises(ValueError, match=r"order is .*; expected"):
+        RedDiff(order=order)
 
 
 def test_our_defaults_behind_a_vae_weigh_the_prior_less_and_can_be_replaced():

@@ -1,5 +1,8 @@
 """VML-MAP against the closed-form MAP, and the laws of schedules and batches (float64, no network)."""
 
+import json
+import math
+
 import pytest
 import torch
 from gaussian import Linear, random_problem
@@ -99,7 +102,17 @@ def test_the_next_state_has_the_next_level_s_noise(renoise):
 
 
 @pytest.mark.parametrize(
-    "scales, renoise", [([], 1.0), ([(1, 0.0)], 1.0), ([(1, 0.5), (1, 0.7)], 1.0), ([(1, 0.5)], 1.5)]
+    "scales, renoise",
+    [
+        ([], 1.0),
+        ([(1, 0.0)], 1.0),
+        ([(1, 0.5), (1, 0.7)], 1.0),
+        ([(1, 0.5)], 1.5),
+        ([(1, 0.5)], math.nan),
+        ([(1, math.nan), (1, 0.1)], 1.0),
+        ([(math.nan, 1), (1, 0.1)], 1.0),
+        ([(1, math.inf), (1, 0.1)], 1.0),
+    ],
 )
 def test_bad_levels_are_refused(scales, renoise):
     with pytest.raises(ValueError, match="expected"):
@@ -108,12 +121,28 @@ def test_bad_levels_are_refused(scales, renoise):
 
 @pytest.mark.parametrize(
     "options",
-    [{"jacobian": "none"}, {"inner_steps": -1}, {"inner_steps": 2.5}, {"last_steps": -1}, {"correct_steps": -1}],
+    [
+        {"jacobian": "none"},
+        {"inner_steps": -1},
+        {"inner_steps": 2.5},
+        {"inner_steps": True},
+        {"last_steps": -1},
+        {"correct_steps": -1},
+        {"correct_steps": True},
+        {"stop_at": math.nan},
+        {"stop_at": -1.0},
+    ],
 )
 def test_bad_choices_are_refused_before_any_work(options):
     _, _, y = random_problem()
     with pytest.raises(ValueError, match="expected"):
         solve(start(), y, **options)
+
+
+def test_a_start_for_each_y():
+    _, _, y = random_problem()
+    with pytest.raises(ValueError, match="x_T has 1 images and y 2; expected the same"):
+        solve(start(), torch.cat([y, y]))
 
 
 def test_generators_must_match_the_batch():
@@ -204,3 +233,16 @@ def test_a_draft_serves_all_levels_but_the_last():
     throughout = run(draft=prior, draft_last=True)
     assert torch.equal(plain.latent, throughout.latent)
     assert throughout.calls["draft"] == 4 * 2 * 3 and throughout.calls["decode"] == 1
+
+
+def test_a_trace_is_json_also_where_a_level_draws_nothing():
+    """Levels without inner steps, and those where the state says nothing of z0, have no residual: null, not NaN."""
+    prior, h, y = random_problem()
+    measurement = Measurement(Linear(h), y, 0.1)
+    x_T = torch.randn(1, 1, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    schedule = Levels([(0.0, 1.0), (0.8, 0.6)])
+    for steps in (0, 2):
+        found = vml_map(x_T, prior=prior, measurement=measurement, schedule=schedule, inner_steps=steps)
+        again = json.loads(json.dumps(found.trace, allow_nan=False))
+        assert again == found.trace and again[0]["residual"] == [None]
+        assert (again[1]["residual"] == [None]) == (steps == 0)

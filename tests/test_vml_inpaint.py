@@ -289,7 +289,7 @@ def test_explicit_levels_share_the_budget_by_the_documented_rule(levels, steps, 
 
 def test_explicit_levels_share_the_budget(fresh):
     fresh.scheduler = EulerDiscreteScheduler.from_config(fresh.scheduler.config, timestep_spacing="trailing")
-    given = {"timesteps": [900, 700, 500, 300], "num_inference_steps": 16, "guidance_scale": 1.0}
+    given = {"timesteps": [900, 700, 500, 300], "num_inference_steps": 16, "guidance_scale": 1.0, "proximal": False}
     for strength, levels in ((1.0, 4), (0.5, 2)):
         report = call(fresh, **given, strength=strength, inner_steps=None, return_report=True).report
         assert (report.levels, report.inner_steps) == (levels, 2)
@@ -352,7 +352,7 @@ def test_the_official_cutoff_takes_guidance_away(pipe):
     guided = call(pipe, return_report=True).report
     out = call(pipe, callback_on_step_end=cutoff, return_report=True)
     assert pipe.guidance_scale == 0 and out.report.levels == guided.levels == 3
-    assert guided.calls["denoise"] - out.report.calls["denoise"] == 1  # the second level's; the last one never has it
+    assert guided.calls["denoise"] - out.report.calls["denoise"] == 2  # the levels after the first
     with pytest.raises(ValueError, match=r"`prompt_embeds` has 1 rows after the callback, for 2 images; expected 2"):
         call(pipe, callback_on_step_end=cutoff, num_images_per_prompt=2, generator=None)
     assert pipe.unet.conv_in.weight.requires_grad

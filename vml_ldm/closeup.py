@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Prior, PullBack, decode_pullback, denoise_pullback
+from .objective import Prior, PullBack, decode_pullback, denoise_pullback, guided
 from .operators import own
 
 _NEAR = 4  # cells of the latent around a hole that move and are measured
@@ -114,10 +114,10 @@ class CloseUp:
         self._drawn = [(i, parts[i[0]].drawn, _pixels(parts[i[0]].drawn, stride)) for i in together.values()]
 
     @property
-    def guide(self) -> Callable | None:
+    def push(self) -> Callable | None:
         """The prior's, where the latent moves."""
-        guide = getattr(self.prior, "guide", None)
-        return guide and (lambda *state: self._hold(guide(*state)))
+        push = getattr(self.prior, "push", None)
+        return push and (lambda *state: self._moved * push(*state))
 
     @property
     def calls(self):
@@ -135,6 +135,9 @@ class CloseUp:
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._hold(self.prior.denoise(x_t, alpha, sigma))
+
+    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        return self._hold(guided(self.prior, x_t, alpha, sigma))
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         z0_hat, pull = denoise_pullback(self.prior, x_t, alpha, sigma)

@@ -156,18 +156,16 @@ def chained(*damages: Damage) -> Damage:
                 "colours. Lose them last: JPEG, then Grayscale, is nearly the same."
             )
 
+    return reduce(_joined, damages)
+
+
+def _joined(first: Damage, then: Damage) -> Damage:
+    """Two damages in a row, whose sizes are ``image = f (g y + m) + n``."""
+
     def build(scale: float, size: Size | None) -> Operator:
-        operators = []
-        for damage in damages:
-            operators.append(damage.make(scale, size))
-            size = size and damage.seen_size(size, scale)
-        return Compose(*operators)
+        before, after = first.make(scale, size), then.make(scale, size and first.seen_size(size, scale))
+        return Compose(*(before.operators if isinstance(before, Compose) else (before,)), after)
 
-    return reduce(lambda a, b: _joined(a, b, build), damages)
-
-
-def _joined(first: Damage, then: Damage, build: Callable[[float, Size | None], Operator]) -> Damage:
-    """The sizes of two damages in a row: ``image = f (g y + m) + n``."""
     (down, across), (above, right, below, left) = first.factors, then.margins
     resized = first.factors != (1, 1) or any(first.margins)
     grown = (down * above, across * right, down * below, across * left)

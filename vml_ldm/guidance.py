@@ -1,23 +1,36 @@
-"""Classifier-free guidance as the solvers take it: a push of the next state, held to what the state leaves open."""
+"""Classifier-free guidance as a part of the prior, and SDXL's rescaling of it."""
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-REACH = 0.1  # chosen on the validation images
 
+def mixed(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """``D_w = D_n + w (D_c - D_n)`` (Ho and Salimans, arXiv:2207.12598), from two clean estimates (B, c, h, w).
 
-def pushed(z0_hat: Tensor, push: Tensor, alpha: float, sigma: float) -> Tensor:
-    """``z0_hat + p`` with p the push (B, c, h, w), shortened image by image to what x_t leaves open.
-
-    Latents have unit variance, so at noise sigma / alpha a Gaussian would leave z0 the standard deviation
-    ``s = sigma / hypot(alpha, sigma)``; rms(p) is held to `REACH` s.
+    As the noise falls it is the denoiser of ``p(z) p(c | z)^w``, to first order at any noise: the prior that a guided
+    solve seeks the mode of.
 
     Args:
-        push: ``(w - 1) (D(x_t; prompt) - D(x_t; negative))`` of classifier-free guidance at scale w.
+        conditional, negative: ``D(x_t; prompt)`` and ``D(x_t; negative prompt)``.
+        scale: w; 1 is no guidance.
     """
-    reach = REACH * sigma / math.hypot(alpha, sigma)
-    rms = push.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    return z0_hat + push * (reach / rms.clamp(min=reach))
+    return negative + scale * (conditional - negative)
+
+
+def rescaled(guided: Tensor, conditional: Tensor, x_t: Tensor, alpha: float, phi: float) -> Tensor:
+    """A guided estimate whose noise has less of the contrast that guidance adds (Lin et al., arXiv:2305.08891).
+
+    The noise that each estimate leaves, ``x_t - alpha D``, is compared: the guided one is scaled, image by image, to
+    the conditional one's standard deviation, and taken with weight phi.
+
+    Args:
+        guided, conditional: (B, c, h, w), D_w and D_c.
+        phi: in [0, 1], diffusers' `guidance_rescale`; 0 leaves the estimate as it is.
+    """
+    if phi == 0 or alpha == 0:
+        return guided
+    noise, like = x_t - alpha * guided, x_t - alpha * conditional
+    deviation = lambda n: n.flatten(1).std(1).reshape(-1, 1, 1, 1)  # noqa: E731
+    shrunk = noise * (1 + phi * (deviation(like) / deviation(noise) - 1))
+    return (x_t - shrunk) / alpha

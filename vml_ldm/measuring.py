@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .closeup import CloseUp, Part, drawn_shares, near, whole
-from .images import fill_holes
+from .images import fill_holes, seamless
 from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
-from .optimize import Settle
+from .proximal import Settle
 from .report import Report
 from .solve import Metered, Solution
 
@@ -23,6 +23,7 @@ _MISSING_SLOPE = 0.02  # how much neighbouring pixels differ of what a decoder c
 _LEAST_NOISE = 1e-3  # of 8-bit values: 1 / 255 / sqrt(12)
 NEAR = 3e-3  # tolerance of the smooth images: their rms is then wrong by about as much as 8 bits round
 _LEAST_SIGMA_Y = 1e-3  # a VAE that draws y exactly (nothing known, say) still needs a positive sigma_y
+_LEAST_KNOWN = 1 / 255  # and known pixels, which are pasted, ask for no more than the last of 8 bits
 
 
 class Measured(NamedTuple):
@@ -52,6 +53,7 @@ def measure(
     seen: Tensor | None = None,
     latent: Tensor | None = None,
     share: float = _VAE_SHARE,
+    least: float = _LEAST_SIGMA_Y,
 ) -> Measured:
     """A measurement as the solver takes it, from the VAE's round trip of an image that agrees with y.
 
@@ -67,6 +69,7 @@ def measure(
             noise or does not quite agree with y. (A noisy image overstates the error: a VAE does not reproduce noise.)
         latent: (B, c, h, w), of the image, where it is there already.
         share: of vae_error, in the solver's sigma_y.
+        least: what that is at the least.
     """
     if seen is None:
         with uncast(image):
@@ -74,7 +77,7 @@ def measure(
     latent = prior.encode(image) if latent is None else latent
     before = Measurement(operator, seen, 1.0)
     vae_error = before.rms(before.residual(prior.decode(latent)))
-    effective = (noise_std**2 + (share * vae_error) ** 2).sqrt().clamp(min=_LEAST_SIGMA_Y)
+    effective = (noise_std**2 + (share * vae_error) ** 2).sqrt().clamp(min=least)
     return Measured(Measurement(operator, y, effective), vae_error, latent)
 
 
@@ -97,7 +100,9 @@ def measure_known(
         known = known * near(parts, known, known.shape[2] // latent.shape[2])
     operator = Mask(known)
     y = operator(image)
-    measured = measure(operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE)
+    measured = measure(
+        operator, y, noise_std, filled, view(prior), seen=y, latent=latent, share=_KNOWN_SHARE, least=_LEAST_KNOWN
+    )
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
 
 
@@ -153,6 +158,25 @@ def settling(measurement: Measurement, noise_std: Tensor) -> Settle | None:
     if not is_linear(measurement.operator):
         return None
     return partial(settle, measurement=measurement, noise_std=noise_std)
+
+
+def put_in(image: Tensor, pixels: Tensor, known: Tensor, noise_std: Tensor) -> Tensor:
+    """The step in pixels of a mask: the known pixels in the image, as far as their noise lets, (B, 3, H, W) in [0, 1].
+
+    The minimiser of ``|y - m x|^2 / (2 sigma_y^2) + |x - image|^2 / (2 s^2)`` has the known pixels with the weight
+    ``w = s^2 / (s^2 + sigma_y^2)``, and s, the image's own error, is read off them: ``s^2 = rms(y - m image)^2 -
+    sigma_y^2``. Beside them what the image missed is carried a pixel or two into the hole (`vml_ldm.images.seamless`).
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        pixels, known: what is known, and where, (B, 1, H, W) in [0, 1], 1 = known.
+        noise_std: (B,), sigma_y as the caller named it.
+    """
+    operator = Mask(known)
+    seen = Measurement(operator, operator(pixels), 1.0)
+    error = (seen.rms(seen.residual(image)) ** 2 - noise_std**2).clamp(min=torch.finfo(image.dtype).tiny)
+    weight = error / (error + noise_std**2)
+    return seamless(pixels, image, known * weight.reshape(-1, 1, 1, 1))
 
 
 def check_std(sigma_y, batch: int, device) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .operators import Measurement, column, dot, squares, uncast
+from .operators import Measurement, column, dot, is_whole, squares, uncast
 
 PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
@@ -49,8 +49,9 @@ class Prior(Protocol):
     ``pull(cotangent)`` multiplies by the transposed Jacobian and is called at most once. A third,
     ``decode_linear(z) -> (image, push, pull)``, gives the Jacobian and its transpose for any number of calls.
 
-    What else a prior may have: ``guide(x_t, z0_hat, alpha, sigma) -> z0_hat`` moves the estimate from which the next
-    state is made (None: no). ``movable(change) -> change`` leaves of a change of x_t what the prior does not know to be
+    What else a prior may have: guidance by a prompt, whose denoiser is ``guided(x_t, alpha, sigma)`` and whose
+    ``push(x_t, z0_hat, alpha, sigma)`` is what it adds to the estimate z0_hat = denoise(x_t) (None: it is not guided).
+    ``movable(change) -> change`` leaves of a change of x_t what the prior does not know to be
     none (None: all). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
     they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
@@ -166,7 +167,7 @@ def vml_trace_gradient(
     """
     if alpha <= 0 or sigma <= 0:
         raise ValueError(f"alpha is {alpha} and sigma {sigma}; expected both > 0. Skip this level's traces.")
-    if probes != "all" and not (isinstance(probes, int) and probes >= 1):
+    if probes != "all" and not is_whole(probes, 1):
         raise ValueError(f"probes is {probes!r}; expected a whole number >= 1, or 'all' for the exact trace.")
 
     def trace(view: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,6 +219,11 @@ def vml_loss(
     z0_hat = prior.denoise(x_t, alpha, sigma)
     log_noise = squares(x_t - alpha * z0_hat) / (-2 * sigma**2) - x_t[0].numel() / 2 * math.log(2 * math.pi * sigma**2)
     return measurement.nll(prior.decode(z0_hat)) - prior.log_prob(x_t, alpha, sigma) + log_noise + traces
+
+
+def guided(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+    """``D_w(x_t)``, the prior's estimate with its guidance; `denoise` where it has none."""
+    return getattr(prior, "guided", prior.denoise)(x_t, alpha, sigma)
 
 
 def denoise_pullback(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:

@@ -23,6 +23,7 @@ from .objective import (
     data_term,
     decode_linear,
     denoise_pullback,
+    guided,
     linearise,
 )
 from .operators import (
@@ -31,6 +32,7 @@ from .operators import (
     conjugate_gradients,
     dot,
     is_linear,
+    is_whole,
     length_of_rms,
     normal_of,
     solves,
@@ -42,13 +44,11 @@ JACOBIANS = ("exact", "free")
 RULES = ("analytic", "secant")
 PRECONDITIONERS = ("none", "gauss-newton")
 Length = Callable[[Tensor, Tensor], Tensor]  # (d, v) -> eta (B,)
-Settle = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] -> images nearer to y
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _PROBE = 0.05  # rms change of the latent over which the decoder's directional derivative is taken
 _TRIAL = 0.7  # how far a trial goes, of the length that the last step should have had
 _BACK = 0.2  # of a trial's length, is the least that a step goes
 _TRUST = (0.5, 3.0)  # between these, of its trial's length, a step's best length is believed
-_ERROR = 0.5  # of a level's noise, is taken for the error of its clean estimate
 _GROWTH = 2.0  # more than so many times as long as the gradients that it is made of, a foretold one is not believed
 
 
@@ -82,15 +82,16 @@ class InnerStep:
     cg_steps: int = 5
 
     def __post_init__(self):
-        number = isinstance(self.rule, (int, float)) and 0 < self.rule < float("inf")
-        if not (number or self.rule in RULES or callable(self.rule)):
+        rule = self.rule
+        number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 0 < rule < float("inf")
+        if not (number or rule in RULES or callable(rule)):
             raise ValueError(
                 f"rule is {self.rule!r}; expected 'analytic', 'secant', a step length > 0, or a function "
                 "params -> Optimizer."
             )
         if self.precondition not in PRECONDITIONERS:
             raise ValueError(f"precondition is {self.precondition!r}; expected one of {PRECONDITIONERS}.")
-        if not isinstance(self.cg_steps, int) or self.cg_steps < 1:
+        if not is_whole(self.cg_steps, 1):
             raise ValueError(f"cg_steps is {self.cg_steps!r}; expected a whole number >= 1.")
 
     def begin(self, jacobian: str, noise: float) -> Rule:
@@ -101,7 +102,7 @@ class InnerStep:
             return _Fixed(self.rule)
         if self.precondition != "none":
             return _Fixed(1.0)
-        return _Secant(noise) if self.rule == "secant" and jacobian == "exact" else _Conjugate()
+        return Secant(noise) if self.rule == "secant" and jacobian == "exact" else _Conjugate()
 
 
 class Descent(NamedTuple):
@@ -138,6 +139,9 @@ def descend(
 ) -> Descent:
     """Up to `steps` steps down VML_S at one level; an image rests once its residual is at the noise.
 
+    What guidance adds to the estimate is found once, at x_t as it comes, and held over the level: no step sees its
+    derivative. (Ours. With the pull-back of the whole D_w the measurement bends the prompt's push to its own ends.)
+
     Args:
         x_t: (B, c, h, w), ``alpha z0 + sigma e``.
         alpha, sigma: the level's scales. At alpha = 0 the state says nothing of z0 and no step is taken.
@@ -149,10 +153,14 @@ def descend(
     at = {"prior": prior, "measurement": measurement, "noise": sigma / alpha if alpha > 0 else torch.inf}
     residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
     taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    image = None
+    image, push = None, 0.0
     rule, movable = step.begin(jacobian, at["noise"]), getattr(prior, "movable", lambda change: change)
-    for _ in range(steps if alpha > 0 else 0):
+    if steps == 0 or alpha == 0:
+        return Descent(x_t, guided(prior, x_t, alpha, sigma), residual, nll, taken)
+    for k in range(steps):
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
+        push = _push(prior, x_t, z0_hat, alpha, sigma) if k == 0 else push
+        z0_hat = z0_hat + push
         data = data_term(z0_hat, prior=prior, measurement=measurement)
         image, residual, nll = data.image, measurement.rms(data.residual), data.nll
         if not residual.isfinite().all():
@@ -167,62 +175,10 @@ def descend(
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
         v = movable(-alpha * pull(b))
-        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian))
+        d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian), moving)
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
-    return Descent(x_t, prior.denoise(x_t, alpha, sigma), residual, nll, taken, image)
-
-
-def correct(
-    inner: Descent,
-    *,
-    prior: Prior,
-    measurement: Measurement,
-    noise: float,
-    steps: int,
-    stop_at: float = 1.0,
-    settle: Settle | None = None,
-) -> Descent:
-    """The clean estimate of a level's end, brought nearer to y by the autoencoder alone: no call of the denoiser.
-
-    First, where there is a step in pixels, z0_hat goes half of the way to ``Enc(settle(Dec(z0_hat)))``: a latent that
-    came to agree with y by gradients is one that no image has, and a picture's own decodes more like a picture. Then
-    ``p(z0 | x_t)``, whose covariance is ``sigma^2 J / alpha``, is taken as N(z0_hat, s^2 I) with s half of the level's
-    noise, and z0 moves from z0_hat down
-
-        nll(Dec(z0)) + |z0 - z0_hat|^2 / (2 s^2)
-
-    in conjugate directions (the rule "secant"): the bracket's steps with z0_hat held, at two calls each in place of
-    four. What y does not tell stays where the denoiser put it. (Ours. At a noise of 0.14 the bundled model's estimates
-    of validation images are wrong by 0.57 of it; the half is nearer in perceptual distance, and as near in PSNR.)
-
-    Args:
-        inner: as the level's inner steps ended.
-        noise: ``sigma / alpha``, the level's noise in VE units.
-        steps: how many at the most, >= 0; the way through the encoder counts as one.
-        stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``.
-        settle: a step in pixels, such as `vml_ldm.measuring.settle`; None: not taken.
-
-    Returns:
-        `inner` with z0 in place of z0_hat, and with the residual, nll and image of the last evaluation.
-    """
-    if steps and settle is not None:
-        encoded = prior.encode(settle(prior.decode(inner.z0_hat).clamp(0, 1)))
-        inner = inner._replace(z0_hat=(inner.z0_hat + encoded) / 2)
-        steps -= 1
-    z, s, rule = inner.z0_hat, _ERROR * noise, _Secant(noise)
-    for _ in range(steps):
-        data = data_term(z, prior=prior, measurement=measurement)
-        residual = measurement.rms(data.residual)
-        inner = inner._replace(residual=residual, nll=data.nll, image=data.image)
-        moving = residual > stop_at * measurement.sigma_y
-        if not moving.any():
-            break
-        v = (inner.z0_hat - z) / s**2 - data.gradient
-        at = {"prior": prior, "measurement": measurement, "noise": s, "jacobian": "free"}
-        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at))
-        z = z + column(eta * moving, d) * d
-    return inner._replace(z0_hat=z)
+    return Descent(x_t, prior.denoise(x_t, alpha, sigma) + push, residual, nll, taken, image)
 
 
 class _Conjugate:
@@ -231,13 +187,13 @@ class _Conjugate:
     def __init__(self):
         self.v_last = self.d_last = None
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
         self.v_last, self.d_last = v, d
         return d, length(d, v)
 
 
-class _Secant:
+class Secant:
     """Conjugate directions of gradients v, each of which is used twice.
 
     A step goes to a trial point, eta along d. The gradient there tells the curvature along d (the product of linear
@@ -252,13 +208,13 @@ class _Secant:
         self.noise = noise
         self.v = self.d = self.eta = None  # v where the last direction began; the direction; how far its trial went
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         if self.v is None:
             self.v, self.d, self.eta = v, v, self._within_noise(length(v, v), v)
             return self.d, self.eta
         eta, v_end, believed = secant_length(self.v, v, self.d, self.eta)
         d, trial = conjugate(v_end, self.v, self.d), _TRIAL * eta
-        if not believed.all():
+        if not (believed | ~moving).all():  # an image at rest asks for no decode
             trial = torch.where(believed, trial, length(d, v_end))
         trial = self._within_noise(trial, d)
         move = column(eta - self.eta, v) * self.d + column(trial, v) * d
@@ -277,7 +233,7 @@ class _Fixed:
     def __init__(self, eta: float):
         self.eta = eta
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         return v, v.new_full((len(v),), self.eta)
 
 
@@ -287,7 +243,7 @@ class _Optimised:
     def __init__(self, factory: OptimizerFactory):
         self.factory, self.x, self.optimizer = factory, None, None
 
-    def __call__(self, x: Tensor, v: Tensor, length: Length) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         if self.optimizer is None:
             self.x = torch.empty_like(x)
             self.optimizer = self.factory([self.x])
@@ -297,7 +253,7 @@ class _Optimised:
         return self.x - x, v.new_ones(len(v))
 
 
-Rule = _Conjugate | _Secant | _Fixed | _Optimised  # (x, v, length) -> (direction, eta (B,)), in VE units
+Rule = _Conjugate | Secant | _Fixed | _Optimised  # (x, v, length, moving (B,)) -> (direction, eta (B,)), in VE units
 
 
 def precondition(
@@ -419,6 +375,12 @@ def step_length(
     data_curvature = squares(data.residual - ahead) / (h * measurement.sigma_y) ** 2
     prior_curvature = (0.25 if jacobian == "exact" else 1.0) * squares(d) / noise**2
     return dot(v, d) / (data_curvature + prior_curvature).clamp(min=tiny)
+
+
+def _push(prior: Prior, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor | float:
+    """What guidance adds to the estimate at x_t; 0 without any."""
+    push = getattr(prior, "push", None)
+    return 0.0 if push is None else push(x_t, z0_hat, alpha, sigma)
 
 
 def _estimate(prior: Prior, x_t: Tensor, alpha: float, sigma: float, jacobian: str) -> tuple[Tensor, PullBack]:

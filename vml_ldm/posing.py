@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vml_ldm.damage import damage, parameters
 from vml_ldm.fitting import OVERSIZE, Fit, Window
-from vml_ldm.images import from_pil, read_image, upright_mask, upright_rgb
+from vml_ldm.images import Depth, file_depth, mask_of, read_image, read_pixels, upright_size
 from vml_ldm.operators.jpeg import quality_of
 
 
@@ -64,8 +64,13 @@ class Restore:
         return (path,)
 
     def read(self, path: Path) -> tuple[Tensor, ...]:
-        """y (1, C, h, w) in [0, 1]. Raises ValueError for a file that is no image."""
-        return (from_pil(read_image(path), self.damage.channels),)
+        """y (1, C, h, w) in [0, 1]. Raises ValueError for a file that is no image, or values that are not."""
+        return (read_pixels(path, self.damage.channels),)
+
+    def depth(self, path: Path) -> Depth:
+        """What the result of an image file is written at: its own, but in colour where the damage took the colours."""
+        depth = file_depth(path)
+        return depth._replace(grey=depth.grey and self.damage.channels == 3)
 
     def pose(self, y: Tensor, *, native: int, stride: int) -> Posed:
         """y (B, C, h, w) at a size that the model solves; `native` and `stride` as in `model_sizes`."""
@@ -140,16 +145,22 @@ class Inpaint:
         """Image (1, 3, H, W) and what of it is known (1, 1, H, W), 1 = known.
 
         Raises:
-            ValueError: a file that is no image, no mask, or a mask of another size.
+            ValueError: a file that is no image, no mask, or a mask of another size; values that are no image's where
+                they are known.
         """
         path, mask_path = self.files(path)
-        image, mask = upright_rgb(read_image(path)), upright_mask(read_image(mask_path))
-        if image.size != mask.size:
+        known = 1 - mask_of(read_image(mask_path), str(mask_path))
+        size, found = upright_size(read_image(path)), tuple(known.shape[2:])
+        if size != found:
             raise ValueError(
-                f"{mask_path} has {mask.width} x {mask.height} pixels and {path} {image.width} x {image.height}; "
-                "expected the same. Resize the mask."
+                f"{mask_path} has {found[1]} x {found[0]} pixels and {path} {size[1]} x {size[0]}; expected the same. "
+                "Resize the mask."
             )
-        return from_pil(image), 1 - from_pil(mask, 1)
+        return read_pixels(path, known=known), known
+
+    def depth(self, path: Path) -> Depth:
+        """What the result of an image file is written at: its own."""
+        return file_depth(path)
 
     def pose(self, image: Tensor, known: Tensor, *, native: int, stride: int) -> Posed:
         """Images (B, 3, H, W) with what is known (B, 1, H, W) at a size that the model solves."""

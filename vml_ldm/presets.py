@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from .proximal import Proximal
 from .solve import check_choices, check_corrections, check_renoise
 
 STARTS = ("noise", "measurement")
 RESTORE_STARTS = (*STARTS, "outline")
-EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae")  # fields that a call names; None: the preset's
+EXPLICIT = ("jacobian", "inner_steps", "renoise", "use_gradient_vae", "proximal")  # a call names; None: the preset's
 THROUGHOUT = "throughout"
 LEAST_NOISE = 0.1  # of the levels of a restoration, in units of the latent
 MOST_NOISE = {"measurement": 1.0, "outline": 3.0}  # of its levels, by where it starts
@@ -30,10 +31,14 @@ class Settings:
         jacobian: "exact" or "free".
         renoise: share of fresh noise in the next state, see `vml_ldm.solve.Levels`.
         stop_at: an image rests within a level once its residual is below stop_at times the effective sigma_y.
-        correct_steps: corrections of the last estimate by the decoder (`vml_ldm.optimize.correct`), each of which
+        correct_steps: corrections of the last estimate by the decoder (`vml_ldm.proximal.correct`), each of which
             counts as an evaluation. None: a restoration's take a third of the budget where it starts from the
             measurement, else a sixth, at most 8, for what holes and lost colours take is levels.
         start: where a restoration starts, one of `RESTORE_STARTS`; None: no restoration.
+        proximal: levels end with a proximal step, see `vml_ldm.proximal`; None: the plain algorithm.
+        levels: with a proximal step, how many, as a share of `num_inference_steps`; at least four of them, or as many
+            as there are steps. The budget is then what they take.
+        correct_share: with a proximal step, how many corrections, as a share of `num_inference_steps`.
         mostly_open: y leaves half or more of the picture open (`vml_ldm.measuring.leaves_most_open`): a level has half
             of its inner steps, unless K is fixed, for what is open comes in over the levels.
         use_gradient_vae: all levels but the last draw with the pipeline's `gradient_vae`; "throughout": the last too.
@@ -50,11 +55,16 @@ class Settings:
     correct_steps: int | None = None
     start: str | None = None
     mostly_open: bool = False
+    proximal: Proximal | None = None
+    levels: float = 0.0
+    correct_share: float = 0.0
 
     def corrections(self, num_inference_steps: float) -> int:
         """How many steps correct the last estimate."""
         if self.correct_steps is not None:
             return self.correct_steps
+        if self.proximal is not None:
+            return round(self.correct_share * num_inference_steps)
         if not self._corrects:
             return 0
         share = int(_CORRECTING[self.start] * self.budget * num_inference_steps)
@@ -63,20 +73,29 @@ class Settings:
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
 
-        K is the preset's, or less where that would leave fewer than four levels (then at least 1).
+        K is the preset's, or less where that would leave fewer than four levels (then at least 1). With a proximal step
+        the levels are a share of the steps, whatever K is.
         """
+        if self.proximal is not None:
+            steps = max(1, int(num_inference_steps))
+            return min(steps, max(_FEWEST_LEVELS, round(self.levels * steps))), self.inner_steps
         inner = self.inner_steps if self.fixed else self._affordable(_FEWEST_LEVELS, num_inference_steps)
         more = replace(self, inner_steps=inner).last_steps - inner
         return max(1, (self._evaluations(num_inference_steps) - more) // (inner + 1)), inner
 
     def inner_steps_of(self, levels: int, num_inference_steps: float) -> int:
         """K for so many levels, which are given: the preset's, or as many as the budget pays, then at least 1."""
-        return self.inner_steps if self.fixed else self._affordable(levels, num_inference_steps)
+        return (
+            self.inner_steps
+            if self.fixed or self.proximal is not None
+            else self._affordable(levels, num_inference_steps)
+        )
 
     @property
     def last_steps(self) -> int:
         """Inner steps at the last level."""
-        return self.inner_steps if self.fixed or self.inner_steps < 2 or self._corrects else 2 * self.inner_steps
+        alike = self.fixed or self.inner_steps < 2 or self.proximal is not None or self._corrects
+        return self.inner_steps if alike else 2 * self.inner_steps
 
     @property
     def _corrects(self) -> bool:
@@ -99,6 +118,18 @@ def count_sampled(steps: int, count: int, start: str) -> int:
     """How many levels a sampler is asked for, of which `pick_levels` takes `count`: a call's steps, or more where those
     would leave too few below the first (about a third of a sampler's are)."""
     return max(steps, count if start == "noise" else 4 * count)
+
+
+def spread_levels(noise: Sequence[float], count: int) -> list[int]:
+    """Which of a sampler's levels proximal levels are: `count`, evenly, the first the noisiest.
+
+    Those of less noise than 0.1 are left out, if there are others, as `pick_levels` leaves them out.
+
+    Args:
+        noise: ``sigma / alpha`` of the levels, falling.
+    """
+    found = sum(value >= LEAST_NOISE for value in noise) or len(noise)
+    return sorted({i * found // count for i in range(count)})
 
 
 def pick_levels(noise: Sequence[float], count: int, start: str = "noise") -> list[int]:
@@ -132,17 +163,48 @@ PRESETS = {
 }
 
 
-def settings(preset: str, **explicit) -> Settings:
+_BELOW = Proximal(alone_below=1.0, refresh=4)
+# With proximal levels: chosen on validation images, by what the prompt asks for and by the truth at once.
+PROXIMAL_PRESETS = {
+    "fast": Settings(budget=1.0, inner_steps=0, levels=0.16, proximal=Proximal()),
+    "balanced": Settings(
+        budget=1.0, inner_steps=1, levels=0.16, correct_share=0.16, proximal=Proximal(alone_below=1.0)
+    ),
+    "best": Settings(budget=1.0, inner_steps=1, levels=0.32, correct_share=0.16, proximal=Proximal(alone_below=1.0)),
+}
+_PLAIN = ("inner_steps", "jacobian")  # who names one of these asks for inner steps alone
+
+
+def settings(preset: str, inpaints: bool = False, guided: bool = False, drafts: bool = True, **explicit) -> Settings:
     """The preset with the arguments that are not None in place of its own.
+
+    Args:
+        preset: "fast", "balanced" or "best".
+        inpaints: the measurement is of pixels: levels are proximal unless `proximal` is False or a call names its inner
+            steps or their Jacobian. Otherwise they are only where `proximal` asks for it.
+        guided: the prior is guided: proximal levels then take no inner steps, unless the call names them. The pull-back
+            through the denoiser lets the measurement have its way where the prompt should.
+        drafts: there is a small decoder. Without one proximal levels take no gradient through the decoder, which would
+            cost more than all else: no inner steps, unless the call names them, and no corrections.
+        explicit: fields of `Settings`; `proximal` may also be True, the preset's, or False, none.
 
     Raises:
         ValueError: an unknown preset or Jacobian, a negative or fractional number of inner steps, or a renoise that is
             not in [0, 1].
+        TypeError: a `proximal` that is no `Proximal`, True or False.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(map(repr, PRESETS))}.")
     given = {name: value for name, value in explicit.items() if value is not None}
-    chosen = replace(PRESETS[preset], fixed="inner_steps" in given, **given)
+    proximal = given.pop("proximal", inpaints and not any(name in given for name in _PLAIN))
+    if not isinstance(proximal, (bool, Proximal)):
+        raise TypeError(f"proximal is {proximal!r}; expected True, False or a vml_ldm.Proximal.")
+    chosen = PRESETS[preset] if proximal is False else PROXIMAL_PRESETS[preset]
+    if isinstance(proximal, Proximal):
+        given["proximal"] = proximal
+    if chosen.proximal is not None and (guided or not drafts):
+        chosen = replace(chosen, inner_steps=0, correct_share=chosen.correct_share if drafts else 0.0)
+    chosen = replace(chosen, fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
     if chosen.correct_steps is not None:
         check_corrections(chosen.correct_steps)

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .objective import DataTerm, Prior, data_term
-from .operators import Measurement, column
-from .solve import Generators, Level, Metered, Schedule, Solution, conclude, noise_like, record
+from .operators import Measurement, column, is_whole
+from .solve import Generators, Level, Metered, Schedule, Solution, check_batch, conclude, noise_like, record
 
 # w of snr_inv = sigma / alpha
 WEIGHTINGS: dict[str, Callable[[float], float]] = {
@@ -72,6 +72,7 @@ class RedDiff:
 
     def __post_init__(self):
         check_red_choices(self.weighting, lambda_=self.lambda_, obs_weight=self.obs_weight, s=self.s, lr=self.lr)
+        check_order(self.order)
 
 
 def red_diff(
@@ -157,8 +158,7 @@ def red_diff_levels(
     """
     check_red_choices(weighting, lambda_=lambda_, obs_weight=obs_weight, s=s, lr=lr)
     visits = visits_of(order, schedule)
-    if len(mu) != len(measurement.y):
-        raise ValueError(f"mu has {len(mu)} images and y {len(measurement.y)}; expected the same. Repeat one of them.")
+    check_batch("mu", mu, measurement)
     loss = _Loss(prior, measurement, WEIGHTINGS[weighting], lambda_, obs_weight)
     mu = mu.detach().clone().requires_grad_()
     return _levels(mu, visits, schedule, loss, s, optimizer([mu], lr=lr), generator)
@@ -175,23 +175,31 @@ def check_red_choices(weighting: str, *, lambda_: float, obs_weight: float, s: f
         raise ValueError(f"lr is {lr}; expected a number > 0. The authors take 0.1 to 0.5.")
 
 
+def check_order(order: str | Sequence[int]) -> None:
+    """Raise ValueError for what is no order of levels, whatever the schedule."""
+    indices = None if isinstance(order, str) else [getattr(i, "item", lambda i=i: i)() for i in order]
+    if not (order in ORDERS if indices is None else indices and all(map(is_whole, indices))):
+        raise ValueError(
+            f"order is {order!r}; expected one of {ORDERS}, or one index of a level at least, whole numbers >= 0."
+        )
+
+
 def visits_of(order: str | Sequence[int], schedule: Schedule) -> list[int]:
     """The levels' indices in the order of the steps; the schedule itself runs from the noisiest.
 
     Raises:
         ValueError: an unknown order, an index outside the schedule, or a level of pure noise or of none.
     """
+    check_order(order)
     count = len(schedule)
     if not isinstance(order, str):
         visits = list(order)
     elif order == "random":
         visits = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    elif order in ORDERS:
-        visits = list(range(count)) if order == "descending" else list(reversed(range(count)))
     else:
-        raise ValueError(f"order is {order!r}; expected one of {ORDERS}, or indices of levels.")
-    if not visits or not all(0 <= i < count for i in visits):
-        raise ValueError(f"order is {order}; expected one index at least, each from 0 to {count - 1}.")
+        visits = list(range(count)) if order == "descending" else list(reversed(range(count)))
+    if not all(i < count for i in visits):
+        raise ValueError(f"order is {order}; expected indices of levels, each from 0 to {count - 1}.")
     for alpha, sigma in map(schedule.scales, visits):
         if alpha <= 0 or sigma <= 0:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from math import hypot
+from math import hypot, nan
 
 NETWORKS = ("denoise", "decode", "draft", "encode")
 
@@ -106,7 +106,7 @@ class Report:
         curve, cost = figure.subplots(1, 2, width_ratios=(2, 1))
         levels = range(1, len(self.trace) + 1)
         for image, expected in enumerate(self.expected):
-            (line,) = curve.semilogy(levels, [level["residual"][image] for level in self.trace], marker="o")
+            (line,) = curve.semilogy(levels, [_drawn(level["residual"][image]) for level in self.trace], marker="o")
             curve.axhline(expected, color=line.get_color(), linestyle="--", linewidth=1)
         curve.set(xlabel="level", ylabel="rms residual", title="residual, and what is expected of the truth (dashed)")
         curve.xaxis.get_major_locator().set_params(integer=True)
@@ -163,6 +163,11 @@ def in_units(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
+
+
+def _drawn(value: float | None) -> float:
+    """A figure of a trace, NaN where a level drew nothing."""
+    return nan if value is None else value
 
 
 def _row(values: list[float], form: str = ".4f") -> str:

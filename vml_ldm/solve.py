@@ -23,15 +23,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .objective import Prior, decode_linear, decode_pullback, denoise_pullback
-from .operators import Measurement
-from .optimize import JACOBIANS, InnerStep, Settle, correct, descend
+from .objective import Prior, decode_linear, decode_pullback, denoise_pullback, guided
+from .operators import Measurement, is_whole
+from .optimize import JACOBIANS, InnerStep, descend
+from .proximal import Proximal, Settle, correct, proximal_step
 from .report import Report
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -65,8 +67,8 @@ class Levels:
 
     def __init__(self, scales: Sequence[tuple[float, float]], renoise: float = 1.0):
         check_renoise(renoise)
-        if not scales or any(sigma <= 0 or alpha < 0 for alpha, sigma in scales):
-            raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0).")
+        if not scales or not all(0 <= alpha < math.inf and 0 < sigma < math.inf for alpha, sigma in scales):
+            raise ValueError(f"scales are {scales}; expected at least one (alpha >= 0, sigma > 0), all finite.")
         if any(a * s_next >= a_next * s for (a, s), (a_next, s_next) in pairwise(scales)):
             raise ValueError(f"scales are {scales}; expected sigma / alpha to fall. Order them from the noisiest.")
         self._scales, self.renoise = [*map(tuple, scales), (1.0, 0.0)], renoise
@@ -125,7 +127,8 @@ class Solution:
         image: (B, 3, H, W), clamped to [0, 1].
         latent: (B, c, h, w), the last clean estimate.
         residual: (B,), rms of y - A(image before the clamp), in units of y.
-        trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch.
+        trace: a dict for each level: alpha, sigma, and residual, nll, steps as lists over the batch; None where a level
+            drew nothing.
         calls: how often each network ran: "denoise", "denoise_vjp", "decode", "decode_vjp", "encode"; with a
             preconditioner "decode_jvp"; with a draft "draft", "draft_vjp", for its decoder.
         seconds: the time spent in each of them, and "total".
@@ -184,6 +187,7 @@ def vml_map(
     draft_last: bool = False,
     correct_steps: int = 0,
     settle: Settle | None = None,
+    proximal: Proximal | None = None,
 ) -> Solution:
     """VML-MAP: at every noise level, gradient steps on VML_S, then the next state (see `vml_levels`).
 
@@ -204,8 +208,11 @@ def vml_map(
             the last, whose answer stands. What those levels report of the residual is then the draft's.
         draft_last: the draft serves the last level too, and the prior's own decoder draws the answer alone.
         correct_steps: after the last level, steps that bring its estimate nearer to y without the denoiser, see
-            `vml_ldm.optimize.correct`. 0 is the plain algorithm.
+            `vml_ldm.proximal.correct`. 0 is the plain algorithm.
         settle: a step in pixels that they begin with, images (B, 3, H, W) in [0, 1] -> images nearer to y.
+        proximal: every level ends with a proximal step, through pixels where there is `settle`, and levels of little
+            noise consist of it alone, see `vml_ldm.proximal.Proximal`. None is the plain algorithm. The corrections
+            then take no step in pixels of their own, and the draft's gradients.
 
     Raises:
         ValueError: an argument outside its range, before any network runs.
@@ -229,6 +236,7 @@ def vml_map(
         draft_last=draft_last,
         correct_steps=correct_steps,
         settle=settle,
+        proximal=proximal,
     ):
         trace.append(record(level))
     return conclude(level.x_next, trace, prior, measurement, started)
@@ -263,41 +271,51 @@ def vml_levels(
     draft_last: bool = False,
     correct_steps: int = 0,
     settle: Settle | None = None,
+    proximal: Proximal | None = None,
 ) -> Iterator[Level]:
     """VML-MAP level by level, for whoever shows progress, interrupts or edits the state. Arguments as `vml_map`."""
     last_steps = inner_steps if last_steps is None else last_steps
     for steps in (inner_steps, last_steps):
-        check_choices(steps, jacobian)
+        check_choices(steps, jacobian, stop_at)
     check_corrections(correct_steps)
+    check_batch("x_T", x_T, measurement)
     before = levels_above(stop_prior_at, schedule) - 1
     early = prior if draft is None else draft
     levels = [(early, inner_steps)] * before + [(early if draft_last else prior, last_steps)]
-    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle)
+    end = partial(_end, full=prior, draft=draft, measurement=measurement, stop_at=stop_at, settle=settle)
+    end = partial(end, proximal=proximal, correct_steps=correct_steps)
+    return _levels(x_T, levels, measurement, schedule, jacobian, stop_at, generator, step, proximal, end)
 
 
-def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, correct_steps, settle):
+def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, proximal, end):
     count = len(levels)
     for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
-        guide = getattr(prior, "guide", None)
+        alone = proximal is not None and proximal.is_alone(alpha, sigma)
         with torch.no_grad():
             inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
                 x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
-                steps=inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
+                steps=0 if alone else inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
             )  # fmt: skip
-            if i + 1 == count and correct_steps and alpha > 0:
-                inner = correct(
-                    inner, prior=prior, measurement=measurement, noise=sigma / alpha,
-                    steps=correct_steps, stop_at=stop_at, settle=settle,
-                )  # fmt: skip
-            z0 = inner.z0_hat  # D(x_t)
-            if guide is not None and i + 1 < count:  # the last estimate is the answer: no guidance there
-                z0 = guide(inner.x_t, z0, alpha, sigma)
+            inner = end(inner, prior, alpha, sigma, last=i + 1 == count)
+            z0 = inner.z0_hat  # D(x_t), or what a proximal step made of it
             stopped = i + 1 == count < len(schedule)
             x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps, inner.image)
         yield level
         x_t = level.x_next
+
+
+def _end(inner, prior, alpha, sigma, last, *, full, draft, measurement, stop_at, settle, proximal, correct_steps):
+    """A level's estimate after its proximal step and, at the last level, its corrections."""
+    at = {"measurement": measurement, "stop_at": stop_at}
+    if proximal is not None:
+        at |= {"draft": draft}
+        inner = proximal_step(inner, prior=prior, **at, alpha=alpha, sigma=sigma, how=proximal, settle=settle)
+        at, settle = at | {"refresh": proximal.refresh}, None
+    if last and correct_steps and alpha > 0:
+        inner = correct(inner, prior=full, **at, noise=sigma / alpha, steps=correct_steps, settle=settle)
+    return inner
 
 
 def levels_above(noise: float, schedule: Schedule) -> int:
@@ -310,18 +328,28 @@ def levels_above(noise: float, schedule: Schedule) -> int:
     return count
 
 
-def check_choices(inner_steps: int, jacobian: str) -> None:
+def check_choices(inner_steps: int, jacobian: str, stop_at: float = 1.0) -> None:
     """Raise ValueError for a choice that the solver does not know."""
     if jacobian not in JACOBIANS:
         raise ValueError(f"jacobian is {jacobian!r}; expected one of {JACOBIANS}.")
-    if not isinstance(inner_steps, int) or inner_steps < 0:
+    if not is_whole(inner_steps):
         raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number >= 0.")
+    if not stop_at >= 0:
+        raise ValueError(f"stop_at is {stop_at}; expected a number >= 0, in units of sigma_y: 0 never rests.")
 
 
 def check_corrections(steps: int) -> None:
     """Raise ValueError for what is no number of corrections."""
-    if not isinstance(steps, int) or steps < 0:
+    if not is_whole(steps):
         raise ValueError(f"correct_steps is {steps!r}; expected a whole number >= 0, 0 for none.")
+
+
+def check_batch(name: str, x: Tensor, measurement: Measurement) -> None:
+    """Raise ValueError for a state of another number of images than y."""
+    if len(x) != len(measurement.y):
+        raise ValueError(
+            f"{name} has {len(x)} images and y {len(measurement.y)}; expected the same. Repeat one of them."
+        )
 
 
 def check_renoise(renoise: float) -> None:
@@ -331,12 +359,13 @@ def check_renoise(renoise: float) -> None:
 
 
 def record(level: Level) -> dict:
-    """A level's figures as plain numbers."""
+    """A level's figures as plain numbers; None where nothing was drawn, so that the trace is JSON."""
+    plain = lambda values: [x if math.isfinite(x) else None for x in values.tolist()]  # noqa: E731
     return {
         "alpha": level.alpha,
         "sigma": level.sigma,
-        "residual": level.residual.tolist(),
-        "nll": level.nll.tolist(),
+        "residual": plain(level.residual),
+        "nll": plain(level.nll),
         "steps": level.steps.tolist(),
     }
 
@@ -374,10 +403,10 @@ class Metered:
         self.pixel_scale = getattr(prior, "pixel_scale", None)
 
     @property
-    def guide(self) -> Callable | None:
+    def push(self) -> Callable | None:
         """The prior's, as it is now: guidance may change between levels."""
-        guide = getattr(self.prior, "guide", None)
-        return guide and (lambda *state: self._timed("denoise", guide, *state))
+        push = getattr(self.prior, "push", None)
+        return push and (lambda *state: self._timed("denoise", push, *state))
 
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"."""
@@ -387,6 +416,11 @@ class Metered:
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
+
+    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """Counts as two calls where the prior is guided: the prompt's and the negative prompt's."""
+        self.calls["denoise"] += self.push is not None
+        return self._timed("denoise", guided, self.prior, x_t, alpha, sigma)
 
     def encode(self, image: Tensor) -> Tensor:
         return self._timed("encode", self.prior.encode, image)

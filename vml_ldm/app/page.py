@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
 import gradio as gr
 import pandas as pd
+import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 
 from vml_ldm.app.solving import Frame, Solver
 from vml_ldm.assets import example_images
 from vml_ldm.damage import PARAMETERS, TASKS, parameters
-from vml_ldm.images import from_pil, load_image, to_pil, upright_rgb
+from vml_ldm.fitting import Fit
+from vml_ldm.images import from_pil, load_image, to_pil, upright_rgb, upright_size
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.posing import Posed, Restore, pose_hole
 from vml_ldm.presets import PRESETS
@@ -27,7 +29,8 @@ from vml_ldm.presets import PRESETS
 TITLE = "vml-ldm"
 _PAINT = "#d6006c"  # seen on pictures of most colours
 _CURVES = {"residual": "#0d9488", "expected of the truth": "#94a3b8"}
-_TOLD = {"duration": None, "print_exception": False}
+_MISSING = "There is no picture. Upload one, or pick an example."
+_SHOWN = 6  # what handlers give, see `_results`
 _EXAMPLES = 6
 _SIDE = 420  # pixels, of the pictures on the page
 _FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the network
@@ -50,10 +53,12 @@ def build(pipe: VMLInpaintPipeline) -> gr.Blocks:
         one = {"concurrency_limit": 1, "concurrency_id": "solver", "outputs": shown}
         for name, tab, solving in (("inpaint", paint, _inpainting), ("restore", mend, _restoring)):
             asked = [*tab.inputs, *settings.values(), guidance[name]]
-            tab.button.click(solving(solver), asked, api_name=name, **one)
+            tab.button.click(_telling(solving(solver)), asked, api_name=name, show_progress_on=shown[1], **one)
         stop.click(solver.stop, queue=False, api_name=False)
-        for tab in (paint, mend):
+        for tab, sizing in ((paint, _size_to_inpaint), (mend, _size_to_restore)):
             tab.gallery.select(tab.pick, None, [tab.inputs[0], settings["prompt"]], api_name=False)
+            asked = {"fn": partial(sizing, solver.sizes), "inputs": tab.inputs, "outputs": tab.size, "api_name": False}
+            gr.on([page.load, *(each.change for each in tab.inputs)], show_progress="hidden", queue=False, **asked)
     return page
 
 
@@ -62,10 +67,12 @@ class Tab(NamedTuple):
 
     Attributes:
         inputs: the components that its button reads, before the shared settings; the picture first.
+        size: a line about what is done to the picture's size.
         gallery: examples, and what picking one puts into picture and prompt.
     """
 
     inputs: list
+    size: gr.Markdown
     button: gr.Button
     gallery: gr.Gallery
     pick: Callable
@@ -73,7 +80,9 @@ class Tab(NamedTuple):
 
 def _settings() -> tuple[dict[str, gr.components.Component], dict[str, gr.Slider]]:
     """The shared settings, as handlers take them; and the guidance of each tab, which they take last."""
-    prompt = gr.Textbox(label="Prompt", placeholder="what to paint; may stay empty", lines=1)
+    first = _pictures()[:1]
+    asked = first[0][1] if first else ""
+    prompt = gr.Textbox(asked, label="Prompt", placeholder="what to paint; may stay empty", lines=1)
     with gr.Accordion("Settings", open=False):
         preset = gr.Radio(list(PRESETS), value="balanced", label="Preset", info="speed against quality")
         steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="denoiser evaluations; a preset halves or doubles it")
@@ -90,7 +99,7 @@ def _results() -> tuple[gr.Button, list]:
     """A button that ends a solve; and status, live picture, comparison, file, curve, report, as handlers give them."""
     with gr.Column():
         with gr.Row():
-            status = gr.Markdown("Pick an example or upload a picture.", elem_id="status")
+            status = gr.Markdown("Ready. Inpaint, or take another picture first.", elem_id="status")
             stop = gr.Button("Stop", size="sm", scale=0, min_width=90, elem_id="stop")
         live = gr.Image(label="So far", height=_SIDE, interactive=False, buttons=[], elem_id="live")
         compare = gr.ImageSlider(
@@ -120,8 +129,14 @@ def _results() -> tuple[gr.Button, list]:
 
 def _inpaint_tab() -> Tab:
     brush = gr.Brush(colors=[_PAINT], default_color=_PAINT, color_mode="fixed", default_size=24)
+    gr.Markdown("Paint over what is to be repainted.")
+    first = _painted_example()
+    canvas = {} if first is None else {"canvas_size": first["background"].size}  # its layers lie askew on any other
     editor = gr.ImageEditor(
-        label="Picture; paint over what is to be repainted",
+        first,
+        **canvas,
+        label="Picture",
+        show_label=False,
         type="pil",
         format="png",
         sources=("upload", "clipboard"),
@@ -131,6 +146,7 @@ def _inpaint_tab() -> Tab:
         height=_SIDE,
         elem_id="editor",
     )
+    size = gr.Markdown(elem_id="size-inpaint")
     button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
     pictures, gallery = _gallery()
 
@@ -138,12 +154,20 @@ def _inpaint_tab() -> Tab:
         picture, prompt = pictures[event.index]
         return {"background": picture, "layers": [], "composite": None}, prompt
 
-    return Tab([editor], button, gallery, pick)
+    return Tab([editor], size, button, gallery, pick)
 
 
 def _restore_tab() -> Tab:
+    examples = _pictures()
     picture = gr.Image(
-        label="Picture", type="pil", format="png", sources=("upload", "clipboard"), height=_SIDE, elem_id="measured"
+        examples[0][0] if examples else None,
+        label="Picture",
+        type="pil",
+        image_mode=None,
+        format="png",
+        sources=("upload", "clipboard"),
+        height=_SIDE,
+        elem_id="measured",
     )
     simulate = gr.Checkbox(True, label="The picture is clean: damage it first", elem_id="simulate")
     task = gr.Dropdown(list(TASKS), value="sr4", label="Damage", elem_id="task")
@@ -155,13 +179,14 @@ def _restore_tab() -> Tab:
         list(widgets.values()),
         api_name=False,
     )
+    size = gr.Markdown(elem_id="size-restore")
     button = gr.Button("Restore", variant="primary", elem_id="restore")
     pictures, gallery = _gallery()
 
     def pick(event: gr.SelectData):
         return pictures[event.index]
 
-    return Tab([picture, simulate, task, noise, *widgets.values()], button, gallery, pick)
+    return Tab([picture, simulate, task, noise, *widgets.values()], size, button, gallery, pick)
 
 
 def _widgets(task: str) -> dict[str, gr.components.Component]:
@@ -173,7 +198,9 @@ def _widgets(task: str) -> dict[str, gr.components.Component]:
         "length": gr.Slider(3, 31, 15, step=1, label="Length of the path (pixels)", **sees("length")),
         "intensity": gr.Slider(0, 1, 0.5, step=0.1, label="Straight 0 - shaking 1", **sees("intensity")),
         "kernel_seed": gr.Number(0, precision=0, label="Seed of the path", **sees("kernel_seed")),
-        "kernel": gr.Image(label="Kernel, bright where the light went", type="pil", height=160, **sees("kernel")),
+        "kernel": gr.Image(
+            label="Kernel, bright where the light went", type="pil", image_mode=None, height=160, **sees("kernel")
+        ),
         "quality": gr.Slider(1, 95, 10, step=1, label="JPEG quality", **sees("quality")),
         "contrast": gr.Slider(1, 4, 2, step=0.1, label="Contrast", **sees("contrast")),
         "margin": gr.Slider(0, 256, 16, step=1, label="Pixels around the picture", **sees("margin")),
@@ -183,11 +210,30 @@ def _widgets(task: str) -> dict[str, gr.components.Component]:
     }
 
 
+def _pictures() -> list[tuple[Image.Image, str]]:
+    """Some of the held-out pictures with their prompts; none where the package is without them."""
+    with suppress(FileNotFoundError):
+        return [(load_image(path), prompt) for path, prompt in example_images("held_out")[:_EXAMPLES]]
+    return []
+
+
+def _painted_example() -> dict | None:
+    """The first of them as the editor's value, with a stroke over it."""
+    for picture, _ in _pictures()[:1]:
+        layer, (width, height) = Image.new("RGBA", picture.size), picture.size
+        box = (round(0.3 * width), round(0.35 * height), round(0.6 * width), round(0.65 * height))
+        ImageDraw.Draw(layer).ellipse(box, fill=_PAINT)
+        return {
+            "background": picture,
+            "layers": [layer],
+            "composite": Image.alpha_composite(picture.convert("RGBA"), layer),
+        }
+    return None
+
+
 def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
     """Some of the held-out pictures with their prompts, and a gallery of them."""
-    pictures = []
-    with suppress(FileNotFoundError):
-        pictures = [(load_image(path), prompt) for path, prompt in example_images("held_out")[:_EXAMPLES]]
+    pictures = _pictures()
     gallery = gr.Gallery(
         [picture for picture, _ in pictures],
         show_label=False,
@@ -218,28 +264,54 @@ def _restoring(solver: Solver) -> Callable:
         """Undo a known damage, which is done first where the picture is clean."""
         parameters, wishes = values[: len(PARAMETERS)], values[len(PARAMETERS) :]
         if picture is None:
-            raise gr.Error("There is no picture. Upload one, or pick an example.", **_TOLD)
-        with _telling():
-            damaged = _damage(task, noise, dict(zip(PARAMETERS, parameters, strict=True)))
-            y = from_pil(picture, 3 if simulate else damaged.damage.channels)
-            y = damaged.simulate(y, _asked(*wishes)["seed"], **solver.sizes) if simulate else y
-            posed = damaged.pose(y, **solver.sizes)
+            raise ValueError(_MISSING)
+        damaged = _damage(task, noise, dict(zip(PARAMETERS, parameters, strict=True)))
+        y = from_pil(picture, 3 if simulate else damaged.damage.channels)
+        y = damaged.simulate(y, _asked(*wishes)["seed"], **solver.sizes) if simulate else y
+        posed = damaged.pose(y, **solver.sizes)
         yield from _shown(solver, solver.restore, posed, y, _asked(*wishes))
 
     return restore
+
+
+def _size_to_inpaint(sizes: dict, editor: dict | None) -> str:
+    """What will be done to the size of the editor's picture, said before anything is."""
+    picture = (editor or {}).get("background")
+    return "" if picture is None else _told(Fit.choose((picture.height, picture.width), **sizes).text())
+
+
+def _size_to_restore(sizes: dict, picture: Image.Image | None, simulate: bool, task: str, noise: float, *values) -> str:
+    """What will be done to the size of the picture, or why nothing can be."""
+    if picture is None:
+        return ""
+    try:
+        damaged = _damage(task, noise, dict(zip(PARAMETERS, values, strict=True)))
+        y = torch.zeros(1, 3 if simulate else damaged.damage.channels, *upright_size(picture))
+        if not simulate:
+            return _told(damaged.pose(y, **sizes).text)
+        clean, y = y, damaged.simulate(y, 0, **sizes)
+        height, width = damaged.damage.image_size(tuple(y.shape[2:]))
+        return f"Size: {clean.shape[3]} x {clean.shape[2]}, brought to {width} x {height} before it is damaged."
+    except ValueError as error:
+        return f"Cannot be solved: {' '.join(str(error).split())}"
+
+
+def _told(text: str) -> str:
+    """A line about sizes as the page has it."""
+    return f"Size: {text.removeprefix('size').strip()}."
 
 
 def _read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image]:
     """Picture (RGB) and what is painted over it (L, white is repainted)."""
     picture = (editor or {}).get("background")
     if picture is None:
-        raise gr.Error("There is no picture. Upload one, or pick an example.", **_TOLD)
+        raise ValueError(_MISSING)
     hole = Image.new("L", picture.size)
     for layer in editor["layers"]:
         hole = ImageChops.lighter(hole, layer.getchannel("A"))
     hole = hole.point(lambda alpha: 255 * (alpha > 127))
     if hole.getextrema()[1] == 0:
-        raise gr.Error("Nothing is painted over. Paint over what is to be repainted.", **_TOLD)
+        raise ValueError("Nothing is painted over. Paint over what is to be repainted.")
     return upright_rgb(picture), hole
 
 
@@ -266,14 +338,13 @@ def _asked(prompt: str, preset: str, steps: int, seed: int, guidance: float) -> 
 
 def _shown(solver: Solver, pipe, posed: Posed, before: Tensor, asked: dict) -> Iterator[tuple]:
     """What the page shows, level by level and at the end, in the order of `_results`."""
-    hidden = gr.update(visible=False)
+    hidden, frames = gr.update(visible=False), solver.frames(pipe, **posed.arguments, **asked)
     yield "Starting ...", gr.update(value=None, visible=True), hidden, hidden, None, ""
-    with _telling():
-        for frame in solver.frames(pipe, **posed.arguments, **asked):
-            curve = _curve(frame)
-            if frame.report is None:
-                status = f"Level {len(frame.residuals)} of {frame.count}"
-                yield status, _enlarged(posed.take_back(frame.image)), hidden, hidden, curve, ""
+    for frame in frames:
+        curve = _curve(frame)
+        if frame.report is None:
+            status = f"Level {len(frame.residuals)} of {frame.count}"
+            yield status, _enlarged(posed.take_back(frame.image)), hidden, hidden, curve, ""
     (after,) = to_pil(posed.take_back(frame.image))
     (measured,) = to_pil(F.interpolate(before.expand(-1, 3, -1, -1), after.size[::-1], mode="nearest-exact"))
     ended = "Done" if len(frame.residuals) == frame.count else f"Stopped after level {len(frame.residuals)}"
@@ -309,10 +380,18 @@ def _saved(image: Image.Image) -> str:
     return str(path)
 
 
-@contextmanager
-def _telling() -> Iterator[None]:
-    """A ValueError inside is the user's to put right; the page shows it."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(" ".join(str(error).split()), **_TOLD) from error
+def _telling(handler: Callable) -> Callable:
+    """A handler whose ValueError, the user's to put right, is a warning; what the page showed stays."""
+
+    @wraps(handler)
+    def told(*given):
+        status = gr.skip()
+        try:
+            for shown in handler(*given):
+                status = "Not solved, see the warning."
+                yield shown
+        except ValueError as error:
+            gr.Warning(" ".join(str(error).split()), duration=None)
+            yield (status, *[gr.skip()] * (_SHOWN - 1))
+
+    return told

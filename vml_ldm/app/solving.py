@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class Solver:
 
     def __init__(self, pipe: VMLInpaintPipeline):
         self.inpaint, self.restore = pipe, VMLRestorePipeline.from_pipe(pipe)
+        self._stopping = Event()
         for each in (self.inpaint, self.restore):
             each.set_progress_bar_config(disable=True)
 
@@ -50,14 +51,19 @@ class Solver:
         return model_sizes(self.inpaint)
 
     def stop(self) -> None:
-        """End a solve that is under way after its level, with what it has."""
-        self.inpaint._interrupt = self.restore._interrupt = True
+        """End a solve after the level that is under way, with what it has: also one that was asked for a moment ago."""
+        self._stopping.set()
 
     def frames(self, pipe, seed: int, **arguments) -> Iterator[Frame]:
         """Run the pipeline beside the caller: a frame for each level, then one with the report.
 
-        A caller that goes away stops the solve. Errors of the pipeline are raised here.
+        A caller that goes away stops the solve, and so does `stop` from this call on. Errors of the pipeline are raised
+        here.
         """
+        self._stopping.clear()
+        return self._frames(pipe, seed, arguments)
+
+    def _frames(self, pipe, seed: int, arguments: dict) -> Iterator[Frame]:
         events = SimpleQueue()
         thread = Thread(target=self._run, args=(pipe, events.put, seed, arguments), daemon=True)
         thread.start()
@@ -77,6 +83,7 @@ class Solver:
         def show(pipe, step, timestep, tensors):
             residuals.append(pipe.level.residual.mean().item())
             tell(Frame(self._draw(pipe.level), list(residuals), pipe.num_timesteps))
+            pipe._interrupt |= self._stopping.is_set()  # a call forgets what was asked for before it began
             return {}
 
         try:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import diffusers
 import torch
-from PIL import Image
 from torch import Tensor
 
 import vml_ldm
-from vml_ldm.images import to_pil
+from vml_ldm.images import Depth, save_image
 from vml_ldm.manifest import Write
 from vml_ldm.posing import Inpaint, Restore, digest, model_sizes
 
@@ -54,7 +54,7 @@ class Solver:
     def solve(self, names: list[str]) -> tuple[list[dict], list[Write]]:
         """A record for each name, and for each that has an output in it what writes the file."""
         problems: dict[str, tuple[Tensor, ...]] = {}
-        done: dict[str, tuple[dict, Image.Image | None]] = {}
+        done: dict[str, tuple[dict, Write | None]] = {}
         for name in names:
             try:
                 problems[name] = self.task.read(self.folder / name)
@@ -63,11 +63,9 @@ class Solver:
         for group in _by_shape(problems):
             done |= self._solve(group)
         records = [done[name][0] for name in names]
-        return records, [
-            partial(image.save, format="PNG") for _, image in (done[n] for n in names) if image is not None
-        ]
+        return records, [write for _, write in (done[name] for name in names) if write is not None]
 
-    def _solve(self, group: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[dict, Image.Image | None]]:
+    def _solve(self, group: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[dict, Write | None]]:
         """Images of one size, at once; if that fails one by one, so that a bad image fails alone."""
         try:
             return self._call(group)
@@ -79,7 +77,7 @@ class Solver:
             done |= self._solve({name: problem})
         return done
 
-    def _call(self, group: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[dict, Image.Image]]:
+    def _call(self, group: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[dict, Write]]:
         names = list(group)
         seeds = [image_seed(self.seed, name) for name in names]
         posed = self.task.pose(*map(torch.cat, zip(*group.values(), strict=True)), **model_sizes(self.pipe))
@@ -90,7 +88,7 @@ class Solver:
             return_report=True,
             **{**posed.arguments, **self.arguments},
         )
-        images, report = to_pil(posed.take_back(out.images.float().cpu())), out.report
+        images, report = posed.take_back(out.images.float().cpu()).split(1), out.report
         flagged = out.nsfw_content_detected or [False] * len(names)
         shared = {
             "settings": self.settings,
@@ -105,7 +103,8 @@ class Solver:
         for i, (name, image) in enumerate(zip(names, images, strict=True)):
             own = {"file": name, "output": output(name), "source": source(self.task, self.folder / name)}
             figures = {key: getattr(report, key)[i] for key in ("residual", "vae_error", "effective_sigma_y")}
-            done[name] = {**own, "seed": seeds[i], **figures, "flagged": bool(flagged[i]), **shared}, image
+            write = partial(_write, image=image, depth=self.task.depth(self.folder / name))
+            done[name] = {**own, "seed": seeds[i], **figures, "flagged": bool(flagged[i]), **shared}, write
         return done
 
     @cached_property
@@ -116,6 +115,10 @@ class Solver:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
         }
+
+
+def _write(file: BinaryIO, image: Tensor, depth: Depth) -> None:
+    save_image(image, file, depth, "PNG")
 
 
 def _failure(name: str, error: Exception) -> tuple[dict, None]:

@@ -333,7 +333,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--steps", type=_positive, metavar="N", help="default: the pipeline's (50)")
     parser.add_argument(
-        "--guidance", type=float, metavar="SCALE", help="default: the pipeline's (inpaint 7.5, restore 1)"
+        "--guidance", type=float, metavar="SCALE", help="default: the pipeline's (inpaint 7.5, restore 1); demo 1"
     )
 
 

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
         images=count,
         split=split,
         steps=options.steps,
-        guidance=options.guidance,
+        guidance=demo.GUIDANCE if options.guidance is None else options.guidance,
         seed=options.seed,
         batch=options.batch,
     )

@@ -12,7 +12,7 @@ def run(options: argparse.Namespace) -> int:
     check_output(options.output, options.force)
     check_exists(options.image)
     check_exists(options.mask)
-    from vml_ldm.images import to_pil
+    from vml_ldm.images import save_image
     from vml_ldm.posing import Inpaint, model_sizes
 
     task = Inpaint(options.mask, options.size)
@@ -22,8 +22,8 @@ def run(options: argparse.Namespace) -> int:
     posed = task.pose(*problem, **model_sizes(pipe))
     print(posed.text)
     painted, report = solve(pipe, options, **posed.arguments)
-    (result,) = to_pil(posed.take_back(painted))
-    result.save(options.output)
+    depth = task.depth(options.image)
+    bits = save_image(posed.take_back(painted), options.output, depth)
     print(report.text())
-    print(f"wrote {options.output}{lossy_note(options.output)}")
+    print(f"wrote {options.output}{lossy_note(options.output)}{depth.note(bits)}")
     return 0

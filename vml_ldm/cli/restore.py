@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         check_output(path, options.force)
     check_exists(options.image)
     open_checkpoint(options.model)
-    from vml_ldm.images import from_pil, read_image, to_pil
+    from vml_ldm.images import Depth, from_pil, read_image, save_image
     from vml_ldm.posing import model_sizes
 
     with refusing():
@@ -41,14 +41,18 @@ def run(options: argparse.Namespace) -> int:
     pipe = open_pipeline(options, task.kind)
     with refusing():
         if options.simulate:
-            picture = _damaged(picture, task, options.seed, model_sizes(pipe))
-        posed = task.pose(from_pil(picture, task.damage.channels), **model_sizes(pipe))
+            measured = _damaged(options.image, task, options.seed, model_sizes(pipe))
+            y, depth = from_pil(measured, task.damage.channels), Depth()
+        else:
+            (y,), depth = task.read(options.image), task.depth(options.image)
+        posed = task.pose(y, **model_sizes(pipe))
     print(posed.text)
     image, report = solve(pipe, options, **posed.arguments)
-    for path, result in zip(outputs, [*to_pil(posed.take_back(image)), picture], strict=False):
-        result.save(path)
+    bits = save_image(posed.take_back(image), options.output, depth)
+    if options.simulate:
+        measured.save(outputs[1])
     print(report.text())
-    print(f"wrote {' and '.join(map(str, outputs))}")
+    print(f"wrote {' and '.join(map(str, outputs))}{depth.note(bits)}")
     return 0
 
 
@@ -110,13 +114,14 @@ def _read_kernel(path: Path) -> Tensor:
     return kernel
 
 
-def _damaged(picture: Image.Image, task: Restore, seed: int, sizes: dict) -> Image.Image:
+def _damaged(path: Path, task: Restore, seed: int, sizes: dict) -> Image.Image:
     """A clean picture, brought to a size that the model solves, after the damage and its noise: 8 bits, as a file."""
-    from vml_ldm.images import from_pil, to_pil
+    from vml_ldm.images import read_pixels, to_pil
 
-    y = task.simulate(from_pil(picture), seed, **sizes)
+    clean = read_pixels(path)
+    y = task.simulate(clean, seed, **sizes)
     height, width = task.damage.image_size(tuple(y.shape[2:]))
-    print(f"simulated  from {picture.width} x {picture.height}, brought to {width} x {height} first")
+    print(f"simulated  from {clean.shape[3]} x {clean.shape[2]}, brought to {width} x {height} first")
     (measured,) = to_pil(y.expand(-1, 3, -1, -1))
     return measured if task.damage.channels == 3 else measured.convert("L")
 

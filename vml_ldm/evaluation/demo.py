@@ -40,16 +40,18 @@ _RAW = (("paste", False), ("return_report", True))
 STOCK = Method("stock", (("solver", "none"),))
 OURS = Method("ours", _RAW)
 FAST = Method("ours, fast preset", (*_RAW, ("preset", "fast")))
-EXACT = Method("ours, exact", (*_RAW, ("jacobian", "exact")))
-FREE = Method("ours, Jacobian-free", (*_RAW, ("jacobian", "free")))
+BEST = Method("ours, best preset", (*_RAW, ("preset", "best")))
+PLAIN = Method("ours, inner steps alone", (*_RAW, ("proximal", False)))
 SHORT_METHODS = (STOCK, OURS)
-FULL_METHODS = (STOCK, EXACT, FREE, FAST)
+GUIDANCE = 1.0  # the prompts were never trained on, and would lead any method astray
+FULL_METHODS = (STOCK, OURS, FAST, BEST, PLAIN)
 
 
 @dataclass(frozen=True)
 class Plan(comparison.Plan):
     """What to compare, and on which images under which masks."""
 
+    guidance: float | None = GUIDANCE
     methods: tuple[Method, ...] = SHORT_METHODS
     masks: tuple[str, ...] = MASKS
 

@@ -58,7 +58,14 @@ def tell_levels(trace: Sequence[Mapping], image: int) -> str | None:
     last = len(trace) - 1
     places = sorted({round(i * last / (_MOST_LEVELS - 1)) for i in range(_MOST_LEVELS)}) if trace else []
     levels = (trace[place] for place in places)
-    return " ".join(f"{x['sigma'] / max(x['alpha'], 1e-6):.4g}:{x['residual'][image]:.4g}" for x in levels) or None
+    return (
+        " ".join(
+            f"{x['sigma'] / max(x['alpha'], 1e-6):.4g}:{x['residual'][image]:.4g}"
+            for x in levels
+            if x["residual"][image] is not None
+        )
+        or None
+    )
 
 
 def read_levels(text: str) -> list[tuple[float, float]]:

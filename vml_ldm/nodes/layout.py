@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..damage import Damage, without_unknown
 from ..fitting import Fit, Window
+from ..images import read_numbers, settle_range
 from ..measuring import NEAR
 from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
 
@@ -26,15 +27,28 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
-def to_pixels(image: Tensor) -> Tensor:
+def to_pixels(image: Tensor, known: Tensor | None = None) -> Tensor:
     """IMAGE -> (B, 3, H, W) float32 in [0, 1]; a fourth channel is left out.
 
+    Args:
+        known: (M, 1, H, W), where what is 0 has no say (see `vml_ldm.images.ranges`); None: all counts.
+
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or values that the rule refuses.
     """
+    check_image(image)
+    values = read_numbers(own(image[..., :3]).movedim(3, 1), "image")
+    if known is not None and (known.shape[2:] != values.pixels.shape[2:] or len(known) != len(image)):
+        known = known.amax(0, keepdim=True) if known.shape[2:] == values.pixels.shape[2:] else None
+    (pixels,) = settle_range([values], [known], "image")
+    return pixels.expand(-1, 3, -1, -1)
+
+
+def check_image(image: Tensor) -> Tensor:
+    """IMAGE as it is. Raises ValueError for another shape."""
     if image.ndim != 4 or image.shape[3] not in (1, 3, 4):
         raise ValueError(f"the image has shape {tuple(image.shape)}; expected IMAGE, (B, H, W, 3).")
-    return own(image[..., :3]).float().clamp(0, 1).movedim(3, 1).expand(-1, 3, -1, -1)
+    return image
 
 
 def to_image(pixels: Tensor) -> Tensor:
@@ -46,11 +60,13 @@ def to_known(mask: Tensor) -> Tensor:
     """MASK, 1 = repaint -> (B, 1, H, W), 1 = known.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or values that the rule in `vml_ldm.images.ranges` refuses.
     """
     if mask.ndim not in (2, 3):
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; expected MASK, (B, H, W).")
-    return 1 - own(mask).float().clamp(0, 1).reshape(-1, 1, *mask.shape[-2:])
+    values = read_numbers(own(mask).reshape(-1, 1, *mask.shape[-2:]), "mask", mask=True)
+    (painted,) = settle_range([values], [None], "mask", mask=True)
+    return 1 - painted
 
 
 def pair(pixels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,13 +109,14 @@ class Seen:
     """
 
     def __init__(self, image: Tensor, damage: Damage, stride: int):
-        pixels = to_pixels(image)
-        y = pixels if damage.channels == 3 else Grayscale()(pixels)
-        size = tuple(y.shape[2:])
+        size = tuple(check_image(image).shape[1:3])
         full = damage.image_size(size)
         window = Window(size, size, size, full, _whole(full, stride))
         operator = damage.make(1.0, full)
-        _check_masks(operator, torch.zeros(len(y), 3, *full))
+        _check_masks(operator, torch.zeros(len(image), 3, *full))
+        told = Measurement(operator, torch.ones(len(image), damage.channels, *size), 1.0).told()
+        pixels = to_pixels(image, told[:, :1].float())
+        y = pixels if damage.channels == 3 else Grayscale()(pixels)
         self.operator: Operator = window.see(operator)
         self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
         Measurement(self.operator, self.y, 1.0).check(self.canvas)

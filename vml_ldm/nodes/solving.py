@@ -11,10 +11,9 @@ from torch import Tensor
 from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, check_vaes, make_sampler, with_masked_image
 from ..closeup import parts_near
 from ..damage import Damage
-from ..guidance import REACH
-from ..measuring import Measured, leaves_most_open, measure_known, pick_start
+from ..measuring import Measured, leaves_most_open, measure_known, pick_start, put_in
 from ..optimize import JACOBIANS
-from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
+from ..presets import PRESETS, PROXIMAL_PRESETS, RESTORE_STARTS, STARTS, settings
 from ..solve import Metered
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
 from .operators import CATEGORY as OPERATORS
@@ -28,13 +27,16 @@ _HAND = "The picture at hand, damaged."
 _OPERATOR = "What happened to the picture, from a VML Operator node."
 _SEED = "Of the noise, at the start and between the levels."
 _STEPS = (
-    "The budget, in model evaluations; a level takes one for each inner step and one for the next level. With the "
-    "preset balanced, 50 are {} levels of {} inner steps, of twice as many at the last; a restoration spends some on "
-    "corrections instead. The progress bar counts levels."
-).format(*PRESETS["balanced"].split(50))
-_CFG = f"Guidance; 1: none. It is held to {REACH:g} of each level's noise, so large values do less than in KSampler."
-_PRESET = "Inner steps at each level, and times the steps: " + ", ".join(
-    f"{name} {chosen.inner_steps}, {chosen.budget:g}" for name, chosen in PRESETS.items()
+    "The budget. Of an inpainting, 50 are {} levels with the preset balanced. A restoration's level takes a model "
+    "evaluation for each inner step and one for the next level: 50 are {} levels of {} inner steps, some of them spent "
+    "on corrections instead. The progress bar counts levels."
+).format(PROXIMAL_PRESETS["balanced"].split(50)[0], *PRESETS["balanced"].split(50))
+_CFG = "Guidance, as in KSampler; 1: none."
+_PRESET = (
+    "fast, balanced and best: an inpainting takes {} of the steps for levels, a restoration {} times the steps.".format(
+        ", ".join(f"{chosen.levels:g}" for chosen in PROXIMAL_PRESETS.values()),
+        ", ".join(f"{chosen.budget:g}" for chosen in PRESETS.values()),
+    )
 )
 _SCHEDULER = "Where the levels lie. auto: simple for flow models (Flux, SD3), ddim_uniform for all others."
 _START = "noise, or measurement: from the picture at hand, noised."
@@ -113,21 +115,28 @@ class VMLInpaint(_SolvingNode):
         sigmas=None, gradient_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_match(model, vae, gradient_vae)
-        pixels, known = pair(to_pixels(image), to_known(mask))
+        known = to_known(mask)
+        pixels, known = pair(to_pixels(image, known), known)
         fit = padded(tuple(pixels.shape[2:]), vae.spacial_compression_decode())
         canvas, seen = fit.bring(pixels, known)
         positive, negative = with_masked_image(model, vae, (positive, negative), canvas, seen)
-        chosen = settings(preset)
+        chosen = settings(preset, inpaints=True, guided=cfg != 1.0, drafts=gradient_vae is not None)
         if not seen.any():
-            chosen = replace(chosen, inner_steps=0, fixed=True)  # nothing was measured: the budget goes to levels
+            chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
         noise, chosen = networks.plan(chosen, steps, start)
 
         def pose(prior: Metered, noise_std: Tensor, device: torch.device) -> Measured:
             return measure_known(canvas.to(device), seen.to(device), noise_std, prior, parts)
 
-        parts = parts_near(seen, vae.spacial_compression_decode()) if chosen.inner_steps else None
-        task = Task(pose, len(canvas), fit.padded, sigma_y, chosen, preset, start)
+        def end(image: Tensor, noise_std: Tensor) -> Tensor:
+            return put_in(image, canvas.to(image), seen.to(image), noise_std)
+
+        parts = parts_near(seen, vae.spacial_compression_decode()) if chosen.inner_steps or chosen.proximal else None
+        task = Task(
+            pose, len(canvas), fit.padded, sigma_y, chosen, preset, start,
+            correct_steps=chosen.corrections(steps), end=end,
+        )  # fmt: skip
         solution, report, latent = networks.solve(task, noise, seed)
         painted = fit.take_back(solution.image.cpu(), pixels, known)
         return io.NodeOutput(to_image(painted), latent, f"{fit.text()}\n{report.text()}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..adapters.comfyui import Sampling, levels_of, run, sigmas_of
 from ..measuring import Measured, check_std, measure, settle, settling, tell
-from ..presets import Settings, count_sampled, pick_levels
+from ..operators import Measurement
+from ..presets import Settings, count_sampled, pick_levels, spread_levels
+from ..proximal import Settle
 from ..report import Report
 from ..solve import Metered, Solution, conclude, noise_like, record, vml_levels
 from .layout import Seen
@@ -30,7 +33,8 @@ class Task:
         chosen, preset: the budget's settings, and their name.
         start: one of `RESTORE_STARTS`; None takes the state that ComfyUI gives.
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
-        correct_steps: corrections of the last estimate (`vml_ldm.optimize.correct`).
+        correct_steps: corrections of the last estimate (`vml_ldm.proximal.correct`).
+        end: the step in pixels of proximal levels, from an image and the noise (B,); None: the operator's own.
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -42,6 +46,7 @@ class Task:
     start: str | None
     pixel_step: bool = False
     correct_steps: int = 0
+    end: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -62,7 +67,8 @@ class Task:
             generator=generator,
             draft=None if sampling.draft is None else measured.view(metered.drafting(sampling.draft)),
             correct_steps=self.correct_steps,
-            settle=settling(measured.measurement, noise_std),
+            settle=self._settle(measured.measurement, noise_std),
+            proximal=self.chosen.proximal,
         ):
             trace.append(record(level))
             sampling.tell(level)
@@ -73,6 +79,12 @@ class Task:
         about |= {"last_steps": self.chosen.last_steps, "preset": self.preset}
         about |= {"correct_steps": self.correct_steps}
         return solution, tell(solution, measured, noise_std, prior.retries, **about)
+
+    def _settle(self, measurement: Measurement, noise_std: Tensor) -> Settle | None:
+        """The step in pixels of proximal levels and corrections."""
+        if self.end is not None:
+            return partial(self.end, noise_std=noise_std)
+        return settling(measurement, noise_std)
 
     def _first(self, sampling: Sampling, z: Tensor, scales: tuple[float, float], generator) -> Tensor:
         """x_T (B, c, h, w): noise of the first level's size, or the latent z noised to that level."""
@@ -119,6 +131,10 @@ class Networks:
             return self.sigmas, replace(chosen, inner_steps=chosen.inner_steps_of(len(self.sigmas) - 1, steps))
         count, inner_steps = chosen.split(steps)
         chosen = replace(chosen, inner_steps=inner_steps)
+        if chosen.proximal is not None:
+            sigmas = sigmas_of(self.model, self.scheduler, steps)
+            levels = levels_of(self.model.get_model_object("model_sampling"), sigmas)
+            return sigmas[[*spread_levels(levels.noise, count), -1]], chosen
         if not (picks and inner_steps > 0):
             return sigmas_of(self.model, self.scheduler, count), chosen
         sigmas = sigmas_of(self.model, self.scheduler, count_sampled(steps, count, start))

@@ -32,6 +32,8 @@ from .base import (
     column,
     conjugate_gradients,
     dot,
+    is_linear,
+    is_whole,
     length_of_rms,
     normal_of,
     own,
@@ -41,7 +43,7 @@ from .base import (
 from .blur import Blur, GaussianBlur, MotionBlur, NonlinearBlur, motion_kernel
 from .foreign import Custom, LinearCustom, from_physics
 from .jpeg import JPEG
-from .measurement import Measurement, is_linear, solves
+from .measurement import Measurement, solves
 from .pointwise import HDR, Gamma, Grayscale
 from .sampling import Crop, Downsample, Mask, Subsample
 from .spectral import CompressedSensing, FourierLines, PhaseRetrieval
@@ -73,6 +75,7 @@ __all__ = [
     "dot",
     "from_physics",
     "is_linear",
+    "is_whole",
     "length_of_rms",
     "motion_kernel",
     "normal_of",

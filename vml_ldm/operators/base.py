@@ -109,20 +109,24 @@ class OrthonormalRows(LinearOperator):
         return seen / (1 + rho) + (b - seen) / rho
 
 
-class Compose(LinearOperator):
+class Compose(Operator):
     """One operator after another: ``Compose(a, b, c)(x) = c(b(a(x)))``, also written ``c @ b @ a``.
 
     Args:
         operators: in the order in which the image meets them; operators of this package or any callables.
 
-    It is linear if all of them are, and then has `adjoint`, `pinv` and `solve` (by conjugate gradients). `start` of a
-    nonlinear one goes back through the starts of its parts.
+    If all of them are linear it is a `LinearOperator`, with `adjoint`, `pinv` and `solve` (by conjugate gradients).
+    `start` of a nonlinear one goes back through the starts of its parts.
 
     Raises:
         ValueError: no operator.
         TypeError: something that cannot be called; `adjoint`, `pinv` or `solve` of a nonlinear composition; `start`
             where a part has none.
     """
+
+    def __new__(cls, *operators: Callable[[Tensor], Tensor]):
+        linear = cls is Compose and operators and all(map(is_linear, operators))
+        return super().__new__(_LinearCompose if linear else cls)
 
     def __init__(self, *operators: Callable[[Tensor], Tensor]):
         if not operators:
@@ -131,27 +135,23 @@ class Compose(LinearOperator):
             if not callable(operator):
                 raise TypeError(f"Compose got {operator!r}; expected operators, or callables image -> y.")
         self.operators = operators
-        self.linear = all(getattr(operator, "linear", False) for operator in operators)
 
     def __call__(self, image: Tensor) -> Tensor:
         for operator in self.operators:
             image = operator(image)
         return image
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """``A_1^T ... A_n^T y``."""
-        for operator in reversed(self.operators):
-            if not getattr(operator, "linear", False):
-                raise TypeError(
-                    f"this composition is not linear, for {operator!r} is not; expected linear parts. "
-                    "Use start(y) for an image to begin from, and autograd for the derivative."
-                )
-            y = operator.adjoint(y)
-        return y
+    def adjoint(self, *_) -> Tensor:
+        """Of a nonlinear composition there is none, nor a normal, pinv or solve."""
+        bent = next(part for part in self.operators if not is_linear(part))
+        raise TypeError(
+            f"this composition is not linear, for {bent!r} is not; expected linear parts. "
+            "Use start(y) for an image to begin from, and autograd for the derivative."
+        )
+
+    normal = pinv = solve = adjoint
 
     def start(self, y: Tensor) -> Tensor:
-        if self.linear:
-            return super().start(y)
         for operator in reversed(self.operators):
             y = start_of(operator, y)
         return y
@@ -167,6 +167,18 @@ class Compose(LinearOperator):
         return last.measured(y) if hasattr(last, "measured") else y
 
 
+class _LinearCompose(LinearOperator, Compose):
+    """What `Compose` makes of linear operators."""
+
+    __call__ = Compose.__call__
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``A_1^T ... A_n^T y``."""
+        for operator in reversed(self.operators):
+            y = operator.adjoint(y)
+        return y
+
+
 class NoStartError(TypeError):
     """An operator, or a part of one, knows no image to begin from."""
 
@@ -179,6 +191,11 @@ def start_of(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
             "Begin from noise, or pass an operator with this method."
         )
     return operator.start(y)
+
+
+def is_linear(operator) -> bool:
+    """Whether it says that it is linear, and has an adjoint."""
+    return getattr(operator, "linear", False) and hasattr(operator, "adjoint")
 
 
 def normal_of(operator: LinearOperator) -> Callable[[Tensor], Tensor]:
@@ -283,6 +300,11 @@ def check_rho(rho: float | Tensor, b: Tensor) -> Tensor:
     if values.ndim > 1 or values.numel() not in (1, len(b)) or not (torch.isfinite(values) & (values > 0)).all():
         raise ValueError(f"rho is {rho}; expected > 0, a number or ({len(b)},), one value for each image.")
     return column(values, b)
+
+
+def is_whole(n, least: int = 0) -> bool:
+    """Whether n is a whole number from `least` up. True and False are none."""
+    return isinstance(n, int) and not isinstance(n, bool) and n >= least
 
 
 def check_size(size: Sequence[int]) -> tuple[int, int]:

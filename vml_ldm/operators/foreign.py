@@ -20,10 +20,10 @@ class Custom(Operator):
         vjp: (image, cotangent) -> ``J^T cotangent``, shaped like the image; J is forward's Jacobian at the image, the
             cotangent is shaped like y.
 
-    It can be differentiated once, in reverse mode.
+    It can be differentiated once, in reverse mode: preconditioned steps and the traces of the loss ask for more.
 
     Raises:
-        TypeError: an argument that cannot be called; at the call, a result that is no tensor.
+        TypeError: an argument that cannot be called; at the call, a result that is no tensor; a second derivative.
         ValueError: in the backward pass, a result of vjp that is not shaped like the image.
     """
 
@@ -34,7 +34,7 @@ class Custom(Operator):
         self.forward, self.vjp = forward, vjp
 
     def __call__(self, image: Tensor) -> Tensor:
-        return _PulledBack.apply(image, self.forward, self.vjp)
+        return _PulledBack.apply(image, self.forward, self.vjp, None)
 
 
 class LinearCustom(LinearOperator):
@@ -52,13 +52,13 @@ class LinearCustom(LinearOperator):
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
-        self._custom = Custom(forward, lambda image, cotangent: adjoint(cotangent))
-        if not callable(adjoint):
-            raise TypeError(f"adjoint is {adjoint!r}; expected a function.")
-        self._adjoint = adjoint
+        for name, function in (("forward", forward), ("adjoint", adjoint)):
+            if not callable(function):
+                raise TypeError(f"{name} is {function!r}; expected a function.")
+        self._forward, self._adjoint = forward, adjoint
 
     def __call__(self, image: Tensor) -> Tensor:
-        return self._custom(image)
+        return _PulledBack.apply(image, self._forward, lambda _, cotangent: self._adjoint(cotangent), self._forward)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self._adjoint(y)
@@ -66,9 +66,9 @@ class LinearCustom(LinearOperator):
 
 class _PulledBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, forward: Callable, vjp: Callable) -> Tensor:
+    def forward(ctx: Any, image: Tensor, forward: Callable, vjp: Callable, push: Callable | None) -> Tensor:
         ctx.save_for_backward(image)
-        ctx.vjp = vjp
+        ctx.vjp, ctx.push = vjp, push
         y = forward(image.detach())
         if not isinstance(y, Tensor):
             raise TypeError(
@@ -77,10 +77,18 @@ class _PulledBack(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
         (image,) = ctx.saved_tensors
-        gradient = ctx.vjp(image, cotangent)
+        return _Pull.apply(cotangent, image, ctx.vjp, ctx.push), None, None, None
+
+
+class _Pull(torch.autograd.Function):
+    """``J^T cotangent``, which goes back to the cotangent by J where that is known and the same for all images."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangent: Tensor, image: Tensor, vjp: Callable, push: Callable | None) -> Tensor:
+        ctx.push = push
+        gradient = vjp(image, cotangent.detach())
         if not isinstance(gradient, Tensor):
             raise TypeError(f"vjp returned {type(gradient).__name__}; expected a tensor shaped like the image.")
         if gradient.shape != image.shape:
@@ -88,7 +96,18 @@ class _PulledBack(torch.autograd.Function):
                 f"vjp returned shape {tuple(gradient.shape)}; expected the image's, {tuple(image.shape)}: "
                 "the transposed Jacobian at the image times the cotangent."
             )
-        return gradient, None, None
+        return gradient
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, change: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.push is None:
+            raise TypeError(
+                "Custom(forward, vjp) can be differentiated once, and its second derivative was asked for; expected an "
+                "operator that torch differentiates twice, or LinearCustom(forward, adjoint) if it is linear. Or take "
+                "precondition='none', and a loss without its traces."
+            )
+        return ctx.push(change.detach()), None, None, None
 
 
 def from_physics(physics: Any, *, linear: bool | None = None) -> Operator:

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NoStartError, column, count_values, expect, length_of_rms, squares, start_of, uncast
+from .base import (
+    NoStartError,
+    column,
+    count_values,
+    expect,
+    is_linear,
+    length_of_rms,
+    squares,
+    start_of,
+    uncast,
+)
 from .smoothing import roughness_gradient, solve_smooth
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
@@ -64,7 +74,7 @@ class Measurement:
                 residual = self.residual(image.requires_grad_())
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise ValueError(
-                f"the operator and y do not fit images {tuple(image.shape)}, of the model's size; "
+                f"the operator and y do not fit images of {size[0]} x {size[1]} pixels, the model's size; "
                 f"y has shape {tuple(self.y.shape)}: {error}"
             ) from error
         if not residual.requires_grad:
@@ -81,6 +91,11 @@ class Measurement:
         """
         with uncast(image):
             seen = self.operator(image)
+        if self.y.ndim == seen.ndim - 1:
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)}, without the batch's axis; expected "
+                f"({', '.join(map(str, ('B', *seen.shape[1:])))}). Of one image pass y[None]."
+            )
         if seen.shape != self.y.shape:
             raise ValueError(
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
@@ -92,6 +107,11 @@ class Measurement:
     def nll(self, image: Tensor) -> Tensor:
         """(B,): ``|y - A(image)|^2 / (2 sigma_y^2)``, the negative log-likelihood up to a constant."""
         return squares(self.residual(image)) / (2 * self.sigma_y**2)
+
+    def told(self) -> Tensor:
+        """Where y tells something of the image, of y's shape, bool: everywhere but in a mask's missing pixels."""
+        ones = torch.ones_like(self.y)
+        return self.operator.measured(ones) != 0 if hasattr(self.operator, "measured") else ones != 0
 
     def start(self) -> Tensor:
         """(B, 3, H, W) in [0, 1]: the operator's image to begin from, see `LinearOperator.start`.
@@ -235,11 +255,6 @@ class Measurement:
     def rms(self, residual: Tensor) -> Tensor:
         """(B,): root mean square of a residual over the values that were measured, in units of y."""
         return (squares(residual) / self.count().clamp(min=1)).sqrt()
-
-
-def is_linear(operator) -> bool:
-    """Whether it says that it is linear, and has an adjoint."""
-    return getattr(operator, "linear", False) and hasattr(operator, "adjoint")
 
 
 def solves(operator) -> bool:

@@ -257,6 +257,8 @@ def _coarsen(y: Tensor) -> Tensor:
 def _find_colours(first: Tensor, y: Tensor, steps: int) -> Tensor:
     """All channels (B, C, H, W) from the first one: it is improved, the others begin from it."""
     first = _find_phase(first, y[:, :1], steps)
+    if y.shape[1] == 1:
+        return first
     return torch.cat([first, _find_phase(first.expand(-1, y.shape[1] - 1, -1, -1), y[:, 1:], steps)], 1)
 
 

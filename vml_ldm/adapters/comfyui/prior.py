@@ -13,16 +13,15 @@ from comfy.samplers import CFGGuider
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ...guidance import pushed
 from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
 
 
 class ComfyPrior:
     """A loaded MODEL under its guider, and a VAE, as ``E[z0 | x_t]``, encoder and decoder.
 
-    The estimate is conditioned on the positive conditioning alone, so that it is a posterior mean, as the loss needs;
-    guidance enters where the next state is made (`guide`). That holds for ComfyUI's own `CFGGuider`. What other guiders
-    predict is taken as the estimate, whatever they mix. Every call of a network first asks whether the user cancelled.
+    `denoise` is conditioned on the positive conditioning alone: a posterior mean, whose Jacobian the loss needs.
+    Guidance adds `push` to it, and `guided` is what the guider predicts. That holds for ComfyUI's own `CFGGuider`. What
+    other guiders predict is both, whatever they mix. Every call of a network first asks whether the user cancelled.
 
     Args:
         model: the sampler function's model: ``model(x, sigma (B,), **extra_args)`` is the clean estimate.
@@ -30,7 +29,7 @@ class ComfyPrior:
         vae: a VAE, loaded.
 
     Attributes:
-        guide: None without guidance.
+        push: what the guider adds to an estimate; None without guidance.
         retries: empty; ComfyUI decides on precision.
         device: where the state lives.
         model_sampling: the MODEL's, which scales its state.
@@ -43,7 +42,7 @@ class ComfyPrior:
         self.model_sampling = self._space.model_sampling
         plain = type(self._guider).predict_noise is CFGGuider.predict_noise
         self._has_scale = plain and self._guider.cfg != 1.0 and bool(self._guider.conds.get("negative"))
-        self.guide = self._guide if self._has_scale else None
+        self.push = self._push if self._has_scale else None
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         """``E[z0 | x_t]``, (B, c, h, w) float32, for ``x_t = alpha z0 + sigma e`` in any scaling."""
@@ -89,10 +88,13 @@ class ComfyPrior:
         other._decoder = vae
         return other
 
-    def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
-        """What the guider adds to the estimate, whichever way it mixes the two, held by `pushed`."""
-        push = _finite("the model", self._estimate(x_t, alpha, sigma)) - z0_hat
-        return pushed(z0_hat, push, alpha, sigma)
+    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """The guider's own estimate, whichever way it mixes the two conditionings."""
+        return _finite("the model", self._estimate(x_t, alpha, sigma))
+
+    def _push(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
+        """What the guider adds to the conditional estimate z0_hat at x_t."""
+        return self.guided(x_t, alpha, sigma) - z0_hat
 
     def _conditional(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         """The estimate of the positive conditioning: at scale 1 the guider does not run the negative one."""

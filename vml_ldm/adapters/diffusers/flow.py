@@ -58,6 +58,7 @@ class FlowPrior(GuidedPrior, NetworkPrior):
             pooled_projections (B, p), and others.
         negative: the same for the negative prompt; None for no guidance.
         guidance_scale: w of classifier-free guidance; used when `negative` is given.
+        guidance_rescale: phi of `vml_ldm.guidance.rescaled`, in [0, 1].
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
@@ -73,11 +74,12 @@ class FlowPrior(GuidedPrior, NetworkPrior):
         condition: dict,
         negative: dict | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
         inpainting: Tensor | None = None,
     ):
         super().__init__(transformer, "the transformer")
         self.transformer, self._steps = transformer, scheduler.config.num_train_timesteps
-        self._hold(vae, condition, negative, guidance_scale, inpainting)
+        self._hold(vae, condition, negative, guidance_scale, guidance_rescale, inpainting)
 
     def _denoise(self, x_t: Tensor, alpha: float, sigma: float, condition: dict | None = None) -> Tensor:
         x, s = x_t / (alpha + sigma), sigma / (alpha + sigma)  # on the straight line: a + s = 1

@@ -117,11 +117,12 @@ class Draft:
     def __init__(self, prior: Autoencoded, vae: nn.Module):
         self._prior, self._plan, self.vae = prior, prior.draft_plan or prior.plan, vae
         self.denoise, self.encode = prior.denoise, prior.encode
+        self.guided = getattr(prior, "guided", prior.denoise)
         prior._guard.freeze(vae)
 
     @property
-    def guide(self):
-        return getattr(self._prior, "guide", None)
+    def push(self):
+        return getattr(self._prior, "push", None)
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``, the prior's."""

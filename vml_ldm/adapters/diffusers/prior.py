@@ -9,31 +9,42 @@ from diffusers import AsymmetricAutoencoderKL
 from diffusers.utils import USE_PEFT_BACKEND
 from torch import Tensor, nn
 
-from ...guidance import pushed
+from ...guidance import mixed, rescaled
 from .network import Autoencoded
 from .precision import cast
 from .unet import UNetPrior
 
+_EMBEDDINGS = ("image_embeds", "ip_adapter_image_embeds")  # of IP-Adapters, a tensor for each
 _ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # of a UNet, of a transformer
 
 
 class GuidedPrior(Autoencoded):
     """For a `NetworkPrior` of a VAE's latents (`AutoencoderKL`, `AutoencoderTiny`) that is conditioned on a prompt.
 
-    The estimate is conditioned on the prompt alone, so that it is a posterior mean, as the loss needs. Guidance (a
-    scale w > 1) is no posterior mean; it enters where the next state is made, see `guide`.
+    `denoise` is conditioned on the prompt alone: a posterior mean, whose Jacobian the loss needs. Guidance, a scale
+    w > 1 and a negative prompt, adds `push` to it; `guided` has both, in one pass of the network.
 
     A LoRA's ``scale`` among the attention's arguments of `condition` acts on the network's layers within `with`.
 
     Attributes:
         condition, negative, guidance_scale, inpainting: as they came, and free to be changed.
+        guidance_rescale: phi of `vml_ldm.guidance.rescaled`, in [0, 1]; 0 is none.
         told: what an `AsymmetricAutoencoderKL` decodes with beside the latents: image (B, 3, H, W) in [-1, 1] and mask
             (B, 1, H, W), 1 = painted. Empty: it draws everything.
     """
 
-    def _hold(self, vae: nn.Module, condition: dict, negative: dict | None, guidance_scale: float, inpainting) -> None:
+    def _hold(
+        self,
+        vae: nn.Module,
+        condition: dict,
+        negative: dict | None,
+        guidance_scale: float,
+        guidance_rescale: float,
+        inpainting,
+    ) -> None:
         self.vae, self.condition, self.negative = vae, condition, negative
-        self.guidance_scale, self.inpainting, self.told = guidance_scale, inpainting, {}
+        self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
+        self.inpainting, self.told = inpainting, {}
 
     def __enter__(self):
         super().__enter__()
@@ -42,19 +53,31 @@ class GuidedPrior(Autoencoded):
         return self
 
     @property
-    def guide(self) -> Callable[[Tensor, Tensor, float, float], Tensor] | None:
-        """What guidance makes of a level's estimate, see `_guide`; None without a negative prompt, or at w <= 1."""
-        return None if self.negative is None or self.guidance_scale <= 1 else self._guide
+    def push(self) -> Callable[[Tensor, Tensor, float, float], Tensor] | None:
+        """What guidance adds to an estimate, see `_push`; None without a negative prompt, or at w <= 1."""
+        return None if self.negative is None or self.guidance_scale <= 1 else self._push
 
-    def _guide(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
-        """The next state's estimate: z0_hat, pushed by ``(w - 1) (z0_hat - D(x_t; negative))``, see `pushed`."""
+    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        """``D_w(x_t)``, (B, c, h, w) float32, the prompt and the negative prompt in one batch; `denoise` if no w."""
+        if self.push is None:
+            return self.denoise(x_t, alpha, sigma)
+        both = joined(self.negative, self.condition)
+        run = lambda: self._denoise(torch.cat([x_t, x_t]), alpha, sigma, both)  # noqa: E731
+        negative, conditional = self._guard.run(self._name, self._network, run).chunk(2)
+        return self._mixed(x_t, conditional, negative, alpha)
+
+    def _push(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
+        """``D_w(x_t) - z0_hat``, of the conditional estimate z0_hat at x_t: a pass with the negative prompt."""
         run = lambda: self._denoise(x_t, alpha, sigma, self.negative)  # noqa: E731
-        push = (self.guidance_scale - 1) * (z0_hat - self._guard.run(self._name, self._network, run))
-        return pushed(z0_hat, push, alpha, sigma)
+        return self._mixed(x_t, z0_hat, self._guard.run(self._name, self._network, run), alpha) - z0_hat
+
+    def _mixed(self, x_t: Tensor, conditional: Tensor, negative: Tensor, alpha: float) -> Tensor:
+        guided = mixed(conditional, negative, self.guidance_scale)
+        return rescaled(guided, conditional, x_t, alpha, self.guidance_rescale)
 
     def _inputs(self, x: Tensor, condition: dict | None) -> tuple[Tensor, dict]:
         """The state with what is appended to it, and a condition (None: the prompt), as the denoiser takes them."""
-        inputs = x if self.inpainting is None else torch.cat([x, self.inpainting.to(x)], dim=1)
+        inputs = x if self.inpainting is None else torch.cat([x, _repeated(self.inpainting, len(x)).to(x)], dim=1)
         placed = self._guard.place(self._network, inputs)
         condition = _without_scale(self.condition if condition is None else condition)
         return placed, cast(condition, placed)
@@ -70,6 +93,27 @@ class GuidedPrior(Autoencoded):
         latent = self._guard.place(vae, z / scale + shift)
         told = cast(self.told, latent) if isinstance(vae, AsymmetricAutoencoderKL) else {}
         return vae.decode(latent, return_dict=False, **told)[0].to(z) / 2 + 0.5
+
+
+def joined(negative: dict, positive: dict) -> dict:
+    """Two conditions as one of twice the batch, the negative rows first. What attention is told is the same for both,
+    but for the IP-Adapter's embeddings."""
+    return {name: _joined(name, negative[name], value) for name, value in positive.items()}
+
+
+def _joined(name: str, first, second):
+    if isinstance(second, Tensor):
+        return torch.cat([first, second])
+    if isinstance(second, (list, tuple)) and name in _EMBEDDINGS:
+        return [torch.cat(pair) for pair in zip(first, second, strict=True)]
+    if isinstance(second, dict) and name != "cross_attention_kwargs":
+        return joined(first, second)
+    return second
+
+
+def _repeated(rows: Tensor, batch: int) -> Tensor:
+    """Rows (B, ...) once more for each pass that shares a batch."""
+    return rows.repeat(batch // len(rows), *[1] * (rows.ndim - 1))
 
 
 def _without_scale(condition: dict) -> dict:
@@ -100,6 +144,7 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
         condition: keyword arguments of the UNet's call for the prompt: encoder_hidden_states (B, n, d), and others.
         negative: the same for the negative prompt; None for no guidance.
         guidance_scale: w of classifier-free guidance; used when `negative` is given.
+        guidance_rescale: phi of `vml_ldm.guidance.rescaled`, in [0, 1].
         inpainting: (B, 1 + c, h, w), mask and masked latents of an inpainting checkpoint.
 
     Attributes:
@@ -115,10 +160,11 @@ class StableDiffusionPrior(GuidedPrior, UNetPrior):
         condition: dict,
         negative: dict | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
         inpainting: Tensor | None = None,
     ):
         super().__init__(unet=unet, scheduler=scheduler)
-        self._hold(vae, condition, negative, guidance_scale, inpainting)
+        self._hold(vae, condition, negative, guidance_scale, guidance_rescale, inpainting)
 
     def _predict(self, x: Tensor, t: float, condition: dict | None = None) -> Tensor:
         """The UNet's output for a condition (None: the prompt), float32."""

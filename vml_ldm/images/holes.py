@@ -1,55 +1,12 @@
-"""Pixels at the edges: what users hand in, made into float32 images and masks in [0, 1], and the way back.
-
-Here a mask is 1 where a pixel is known. Hosts that paint white what is to be repainted are converted where they call.
-"""
+"""What of an image is known, where a mask is 1, and what is not: pasting, and filling holes smoothly."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 _CARRY, _CARRY_FLOOR = 1.0, 0.02  # pixels, and the weight of doing nothing; chosen on the validation images
-
-
-def load_image(path) -> Image.Image:
-    """An image file as upright RGB (see `upright_rgb`), fully read.
-
-    Raises:
-        FileNotFoundError, PIL.UnidentifiedImageError: no such file, or no image.
-    """
-    with Image.open(path) as image:
-        return upright_rgb(image)
-
-
-def read_image(path) -> Image.Image:
-    """An image file as it is, fully read. Raises ValueError for anything else."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read ({' '.join(str(error).split())}).") from error
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turned by its EXIF orientation, transparency laid on white, one channel repeated to three."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def upright_mask(mask: Image.Image) -> Image.Image:
-    """Turned by its EXIF orientation, as one 8-bit channel; transparency counts as black."""
-    mask = ImageOps.exif_transpose(mask)
-    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
-        mask = mask.convert("RGBA")
-        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
-    return mask.convert("L")
 
 
 def composite(known: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -103,17 +60,3 @@ def fill_holes(image: Tensor, mask: Tensor) -> Tensor:
     coarse = fill_holes(pooled, (4 * weight).clamp(max=1))
     guess = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)[..., :height, :width]
     return mask * image + (1 - mask) * guess
-
-
-def to_pil(image: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] -> PIL images; k / 255 comes back as k."""
-    array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(pixels) for pixels in array]
-
-
-def from_pil(image: Image.Image, channels: int = 3) -> Tensor:
-    """A PIL image -> (1, channels, H, W) float32 in [0, 1], upright, on white; one channel is the lightness."""
-    upright = upright_rgb(image)
-    pixels = upright if channels == 3 else upright.convert("L")
-    array = np.asarray(pixels, dtype=np.float32).reshape(upright.height, upright.width, channels) / 255
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
