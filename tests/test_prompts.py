@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Generator, Tensor
 
 from vml_ldm import assets
 from vml_ldm.assets import drawn_list, example_images, training_list
 from vml_ldm.cli import main
-from vml_ldm.evaluation import comparison, metrics, prompts
+from vml_ldm.evaluation import choosing, comparison, metrics, prompts
 from vml_ldm.evaluation.choosing import SEED, WORST_RANK, shuffled
 from vml_ldm.evaluation.gallery import Gallery, load_picture, ranks
 from vml_ldm.evaluation.painters import PEERS, PRESETS, Painter, PeerPainter, StockPainter, Trial, named_painter
@@ -93,6 +95,25 @@ def test_the_shuffle_is_of_the_seed() -> None:
     order = list(range(20))
     random.Random(SEED).shuffle(order)
     assert shuffled(20) == order != list(range(20))
+
+
+def test_every_name_is_drawn_in_the_order_of_the_shuffle(model: str, gallery: Gallery, capsys, monkeypatch) -> None:
+    """And what is written is read again as a list."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    monkeypatch.setattr(choosing, "STEPS", 2)
+    monkeypatch.setattr(choosing, "_BATCH", 4)
+    drawn = list(choosing.draw_all(pipe, gallery))
+    assert [(d.name, d.prompt) for d in drawn] == [LISTED[i] for i in shuffled(6)]
+    assert [d.place for d in drawn] == list(range(6)) and all(1 <= d.rank <= 6 for d in drawn)
+    monkeypatch.setattr(choosing, "_BATCH", 1)
+    assert [d.rank for d in choosing.draw_all(pipe, gallery)] == [d.rank for d in drawn]
+    monkeypatch.setattr(choosing, "Gallery", lambda *_: gallery)
+    choosing.main(["--count", "3", "--model", model, "--data", str(gallery.folder)])
+    told = capsys.readouterr().out
+    listed = gallery.cache / "listed.txt"
+    listed.write_text(told, encoding="utf-8")
+    assert assets._read_list(listed) == [(d.name, d.prompt) for d in drawn[:3]]
+    assert "# of 3 tried in a shuffle's order (seed 2026); guidance 5, 2 steps" in told
 
 
 # places
@@ -322,6 +343,10 @@ def test_only_the_table_of_rows_that_another_version_made(pipe, plan: Plan, gall
 def test_what_cannot_be_asked_for_is_refused(pipe, plan: Plan, gallery, tmp_path: Path, capsys) -> None:
     with pytest.raises(ValueError, match="9 prompts asked for; expected 1 to 6"):
         Prompts(dataclasses.replace(plan, images=9), pipe, rows_in(tmp_path), gallery)
+    with pytest.raises(SystemExit):
+        main(["prompts", "--help"])
+    told = re.sub(r"-\n\s+", "-", capsys.readouterr().out)
+    assert {"stock", *PRESETS, *PEERS, *map(str, PLACES)} <= set(re.findall(r"[a-z0-9-]+", told))
     for more, told in ((["--methods", "worst"], "no method is called 'worst'"), (["--places", "x"], "no place is")):
         assert main(["prompts", "-o", str(tmp_path / "new"), *more]) == 2
         assert told in capsys.readouterr().err
