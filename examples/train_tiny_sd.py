@@ -37,7 +37,9 @@ from vml_ldm.evaluation.metrics import EfficientNetLiteFeatures, PerceptualDista
 
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
-EMPTY, MADE_UP, WRONG = 0.12, 0.25, 0.2  # shares of prompts that are empty, have made-up words, are another image's
+# Shares of prompts that are empty, have made-up words, are another image's: of the UNet's first training, and of the
+# second, in which seven of ten prompts are the image's own.
+FIRST, SECOND = (0.12, 0.25, 0.2), (0.1, 0.15, 0.05)
 PERCEPTUAL = 0.1  # weight of the perceptual term
 TRAIN_SHEET = (
     "red heart",
@@ -609,7 +611,7 @@ def train_text(args, tokenizer: CLIPTokenizer, latents: torch.Tensor, owners: to
 
         def step() -> tuple[float, float]:
             which = torch.multinomial(weights, 256, replacement=True)
-            prompts = torch.where(torch.rand(256, 1) < MADE_UP, any_of(garbled, which), tokens[which])
+            prompts = torch.where(torch.rand(256, 1) < FIRST[1], any_of(garbled, which), tokens[which])
             return run.update(loss_of, prompts, targets[which])
 
         run.fit(step, dict)
@@ -640,8 +642,31 @@ def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation
     modules = {"unet": new_unet().to(memory_format=torch.channels_last), "text_encoder": text_encoder}
     run = Run("unet", modules, args, args.unet_minutes, 6e-4)
     if run.progress < 1 and not args.export_only:
-        fit_diffusion(run, vae, latents.float() * vae.config.scaling_factor, owners, tokenizer, train, validation)
+        scaled = latents.float() * vae.config.scaling_factor
+        fit_diffusion(run, vae, scaled, owners, tokenizer, train, validation, FIRST)
     return {**run.ema, "tokenizer": tokenizer, "vae": vae}
+
+
+def train_words(args, models: dict, train: list[data.Item], validation: list[data.Item]) -> None:
+    """Go on with UNet and text encoder, mostly on the images' own prompts: what was learnt of images stays, and the
+    words come to decide what is drawn."""
+    modules = {key: copy.deepcopy(models[key]).requires_grad_(True) for key in ("unet", "text_encoder")}
+    run = Run("words", modules, args, args.words_minutes, 5e-4)
+    if run.progress < 1 and not args.export_only:
+        latents, owners = cache_latents(args, models["vae"], train)
+        scaled = latents.float() * models["vae"].config.scaling_factor
+        fit_diffusion(run, models["vae"], scaled, owners, models["tokenizer"], train, validation, SECOND)
+    models.update(run.ema)
+
+
+def started(folder: Path) -> dict:
+    """The modules of an exported checkpoint in float32, to go on from."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    models = {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder")}
+    for module in models.values():
+        module.to(memory_format=torch.channels_last).requires_grad_(False)
+    models["gradient_vae"] = AutoencoderTiny.from_pretrained(folder / "gradient_vae")
+    return {**models, "tokenizer": pipe.tokenizer}
 
 
 def loss_weights(alphas: torch.Tensor) -> torch.Tensor:
@@ -651,8 +676,9 @@ def loss_weights(alphas: torch.Tensor) -> torch.Tensor:
     return (snr.clamp(max=5) / snr) * (1 / alphas).clamp(max=60)
 
 
-def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation) -> None:
-    """The training loop, with a validation every 300 steps."""
+def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation, shares) -> None:
+    """The training loop, with a validation every 300 steps; ``shares`` of the prompts as `FIRST` and `SECOND` say."""
+    blank, made_up, wrong = shares
     alphas = new_scheduler().alphas_cumprod
     by_step, by_copy = loss_weights(alphas), copy_weights(train, owners)
     tokens, garbled, empty = tokenized(tokenizer, train)
@@ -669,9 +695,9 @@ def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation) 
     def step() -> tuple[float, float]:
         rows = torch.multinomial(by_copy, 32, replacement=True)
         which, kind = owners[rows], torch.rand(32, 1)
-        prompts = torch.where(kind < MADE_UP, any_of(garbled, which), tokens[which])
-        prompts = torch.where(kind > 1 - EMPTY - WRONG, prompts.roll(1, 0), prompts)
-        prompts = torch.where(kind > 1 - EMPTY, empty, prompts)
+        prompts = torch.where(kind < made_up, any_of(garbled, which), tokens[which])
+        prompts = torch.where(kind > 1 - blank - wrong, prompts.roll(1, 0), prompts)
+        prompts = torch.where(kind > 1 - blank, empty, prompts)
         return run.update(loss_of, latents[rows], torch.randint(1000, (32,)), prompts)
 
     def check() -> dict:
@@ -770,6 +796,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=62)
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
+    parser.add_argument("--words-minutes", type=float, default=95, help="then on, mostly with the images' own prompts")
+    parser.add_argument("--start", type=Path, help="exported checkpoint to go on from, in place of the stages before")
     parser.add_argument("--decoder-minutes", type=float, default=40, help="then train the decoder alone for so long")
     parser.add_argument("--tiny-minutes", type=float, default=30, help="for the small decoder of the gradients")
     parser.add_argument("--threads", type=int, default=2)
@@ -785,11 +813,15 @@ def main() -> None:
     print(
         f"{len(train)} images to train on, {len(held_out)} emoji held out, {len(validation)} for validation", flush=True
     )
-    vae = train_vae(args, train, validation)
-    models = train_diffusion(args, vae, train, validation)
+    if args.start:
+        models = started(args.start)
+    else:
+        models = train_diffusion(args, train_vae(args, train, validation), train, validation)
+    train_words(args, models, train, validation)
     if args.decoder_minutes:
-        tune_decoder(args, vae, train, validation)
-    models["gradient_vae"] = train_tiny_vae(args, models, train, validation)
+        tune_decoder(args, models["vae"], train, validation)
+    if not args.start or args.tiny_minutes:
+        models["gradient_vae"] = train_tiny_vae(args, models, train, validation)
     output = args.output or args.work / "export"
     export(models, output)
     report(output, held_out)

@@ -32,7 +32,8 @@ def watch(network: torch.nn.Module) -> list[str]:
 def test_the_unet_s_inputs_go_to_its_device_and_its_estimate_comes_back(call):
     where = prior(guidance_scale=3.0)
     where.unet.to("meta")
-    where.condition["added_cond_kwargs"] = {"image_embeds": [noise(2, 4)]}
+    for told in (where.condition, where.negative):
+        told["added_cond_kwargs"] = {"image_embeds": [noise(2, 4)]}
     seen, x = watch(where.unet), noise(2, 4, 8, 8)
     with FETCHED:
         getattr(where, call)(*([x, x] if call == "push" else [x]), 0.6, 0.8)

@@ -1,6 +1,7 @@
 """VMLInpaintPipeline on the bundled checkpoint: the stock call, the known pixels, batches, masks, callbacks, errors."""
 
 import inspect
+import itertools
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from vml_ldm import VMLInpaintPipeline, bundled_model
+from vml_ldm import Proximal, VMLInpaintPipeline, bundled_model
 from vml_ldm.adapters.diffusers import NonFiniteError
 from vml_ldm.assets import example_images
 from vml_ldm.images import from_pil, load_image, seamless
@@ -517,3 +518,45 @@ def test_a_scheduler_that_is_not_served_is_refused_before_any_work(fresh):
     fresh.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="the scheduler is FlowMatchEulerDiscreteScheduler, of flow matching"):
         call(fresh)
+
+
+def test_fast_asks_no_network_for_a_gradient(pipe, monkeypatch):
+    """With and without guidance: autograd is not called, nor is grad mode on in any network."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(torch.autograd, "grad", never)
+    modes = []
+    networks = (pipe.unet, pipe.vae.decoder, pipe.gradient_vae.decoder)
+    hooks = [network.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled())) for network in networks]
+    try:
+        for scale in (1.0, 7.5):
+            call(pipe, preset="fast", inner_steps=None, guidance_scale=scale)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert modes and not any(modes)
+    with pytest.raises(AssertionError, match="a gradient was asked for"):
+        call(pipe, preset="balanced", inner_steps=None, guidance_scale=1.0)
+
+
+def test_proximal_levels_are_the_default_and_can_be_chosen(pipe):
+    report = lambda **given: call(pipe, return_report=True, num_inference_steps=50, **given).report  # noqa: E731
+    plain = {"inner_steps": None, "jacobian": None}
+    guided, unguided = report(**plain), report(**plain, guidance_scale=1.0)
+    assert guided.levels == unguided.levels == 8
+    assert guided.calls["denoise"] == 16 and "denoise_vjp" not in guided.calls
+    assert unguided.calls["denoise_vjp"] == 6  # at levels of noise 1 and above
+    alone = report(**plain, guidance_scale=1.0, proximal=Proximal())
+    assert "denoise_vjp" not in alone.calls and alone.calls["denoise"] == 8
+    assert report(**plain, guidance_scale=1.0, proximal=False).inner_steps == 7
+    with pytest.raises(TypeError, match=r"proximal is 'yes'; expected True, False or a vml_ldm.Proximal"):
+        call(pipe, proximal="yes")
+
+
+def test_the_scale_of_guidance_means_what_it_means_in_stock(pipe):
+    """Each scale gives a picture of its own; in stock too, 1 and below are none."""
+    images = [np.asarray(call(pipe, inner_steps=None, guidance_scale=scale).images[0]) for scale in (0, 1, 3, 7.5)]
+    assert np.array_equal(images[0], images[1])
+    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(images[1:]))

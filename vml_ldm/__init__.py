@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
     from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
     from vml_ldm.pixels import CallablePrior, karras_scales
+    from vml_ldm.proximal import Proximal
     from vml_ldm.red import RedDiff, red_diff
     from vml_ldm.solve import Levels, Solution, vml_map
     from vml_ldm.spread import over_seeds
@@ -70,6 +71,7 @@ __all__ = [
     "MotionBlur",
     "NonlinearBlur",
     "PhaseRetrieval",
+    "Proximal",
     "RedDiff",
     "Solution",
     "Subsample",
@@ -108,6 +110,7 @@ _NAMES = {
     "pipelines.vml_restore": ["VMLRestorePipeline"],
     "pipelines.vml_restore_xl": ["VMLRestoreXLPipeline"],
     "pixels": ["CallablePrior", "karras_scales"],
+    "proximal": ["Proximal"],
     "red": ["RedDiff", "red_diff"],
     "solve": ["Levels", "Solution", "vml_map"],
     "spread": ["over_seeds"],

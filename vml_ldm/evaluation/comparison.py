@@ -109,11 +109,11 @@ def stamp(plan: Plan, pipe, modules: Sequence[str] = ()) -> str:
     device, the networks' precision, the settings, and whether the perceptual distance can be measured.
 
     Args:
-        modules: names of the only source files that have a say (none: all have).
+        modules: names of the only source files, or packages of them, that have a say (none: all have).
     """
     package = Path(vml_ldm.__file__).parent
     sources = [*package.rglob("*.py"), *Path(inspect.getfile(_solving)).parent.glob("*.py")]
-    sources = [source for source in sources if not modules or source.stem in modules]
+    sources = [source for source in sources if not modules or {source.stem, source.parent.name} & set(modules)]
     versions = [vml_ldm.__version__, torch.__version__, diffusers.__version__]
     parts = {
         "checkpoint": _digest(path for path in Path(plan.model).rglob("*") if path.is_file()),
