@@ -13,7 +13,7 @@ from ..closeup import parts_near
 from ..damage import Damage
 from ..measuring import Measured, leaves_most_open, measure_known, pick_start, put_in
 from ..optimize import JACOBIANS
-from ..presets import PRESETS, PROXIMAL_PRESETS, RESTORE_STARTS, STARTS, settings
+from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
 from ..solve import Metered
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
 from .operators import CATEGORY as OPERATORS
@@ -26,15 +26,16 @@ _MOST = 0xFFFFFFFFFFFFFFFF
 _HAND = "The picture at hand, damaged."
 _OPERATOR = "What happened to the picture, from a VML Operator node."
 _SEED = "Of the noise, at the start and between the levels."
+_GUIDED = {preset: settings(preset, inpaints=True, guided=True) for preset in PRESETS}
 _STEPS = (
-    "The budget. Of an inpainting, 50 are {} levels with the preset balanced. A restoration's level takes a model "
+    "The budget. Of an inpainting, 50 are {} levels with the preset balanced and a cfg above 1. A restoration's level takes a model "
     "evaluation for each inner step and one for the next level: 50 are {} levels of {} inner steps, some of them spent "
     "on corrections instead. The progress bar counts levels."
-).format(PROXIMAL_PRESETS["balanced"].split(50)[0], *PRESETS["balanced"].split(50))
+).format(_GUIDED["balanced"].split(50)[0], *PRESETS["balanced"].split(50))
 _CFG = "Guidance, as in KSampler; 1: none."
 _PRESET = (
     "fast, balanced and best: an inpainting takes {} of the steps for levels, a restoration {} times the steps.".format(
-        ", ".join(f"{chosen.levels:g}" for chosen in PROXIMAL_PRESETS.values()),
+        ", ".join(f"{chosen.levels:g}" for chosen in _GUIDED.values()),
         ", ".join(f"{chosen.budget:g}" for chosen in PRESETS.values()),
     )
 )
