@@ -78,11 +78,11 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
         - `mask_image` keeps soft values: a pixel painted p in [0, 1] is measured as ``(1 - p) x0``, so its squared
           residual weighs (1 - p)^2, and the paste mixes ``(1 - p) original + p result``. Stock binarises.
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
-        - `num_inference_steps` are the scheduler's levels, of which the preset solves some: of 50, "fast"
-          eight, "balanced" twelve (eight where nothing is guided), "best" sixteen, and four at least. `num_timesteps`,
-          the progress bar and callbacks count those. Explicit `timesteps` or `sigmas` are the levels themselves. Without proximal levels the steps are a
-          budget of denoiser evaluations: a level of K inner steps takes K + 1, and unless `inner_steps` is given, the
-          last one 2 K steps and a short budget a lower K.
+        - `num_inference_steps` are the scheduler's levels, of which the preset solves some: of 50, "fast" eight,
+          "balanced" twelve (eight where nothing is guided), "best" sixteen, and four at least. `num_timesteps`, the
+          progress bar and callbacks count those. Explicit `timesteps` or `sigmas` are the levels themselves. Without
+          proximal levels the steps are a budget of denoiser evaluations: a level of K inner steps takes K + 1, and
+          unless `inner_steps` is given, the last one 2 K steps and a short budget a lower K.
         - `guidance_scale` means what it means in stock, at every value: the prior is guided, and the solver seeks its
           mode under the known pixels (see `vml_ldm.guidance`). Guided levels take no steps through the denoiser.
         - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
@@ -94,9 +94,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 one for each image. None is 0, for a clean image that is edited. The solver adds the VAE's own error.
             jacobian: of inner steps. "exact" pulls the gradient back through the UNet; "free" saves that backward pass.
                 None: the preset's.
-            preset: "fast", "balanced" or "best" (see `vml_ldm.presets`). Guided, and with "fast", no network
-                is asked for a gradient. Where nothing is guided, the others' levels of much noise take a step through
-                the denoiser, and they end with corrections by the decoder; both need `gradient_vae`.
+            preset: "fast", "balanced" or "best" (see `vml_ldm.presets`). Guided, and with "fast", no network is asked
+                for a gradient. Where nothing is guided, the others' levels of much noise take a step through the
+                denoiser, and they end with corrections by the decoder; both need `gradient_vae`.
             inner_steps: K, inner steps a level, >= 0. None: the preset's.
             renoise: in [0, 1], share of fresh noise in the next state; 0 is deterministic. None: the preset's.
             start: "noise", or "measurement": the known pixels with their holes filled smoothly, encoded and noised to

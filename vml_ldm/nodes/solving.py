@@ -28,9 +28,9 @@ _OPERATOR = "What happened to the picture, from a VML Operator node."
 _SEED = "Of the noise, at the start and between the levels."
 _GUIDED = {preset: settings(preset, inpaints=True, guided=True) for preset in PRESETS}
 _STEPS = (
-    "The budget. Of an inpainting, 50 are {} levels with the preset balanced and a cfg above 1. A restoration's level takes a model "
-    "evaluation for each inner step and one for the next level: 50 are {} levels of {} inner steps, some of them spent "
-    "on corrections instead. The progress bar counts levels."
+    "The budget. Of an inpainting, 50 are {} levels with the preset balanced and a cfg above 1. A restoration's level "
+    "takes a model evaluation for each inner step and one for the next level: 50 are {} levels of {} inner steps, some "
+    "of them spent on corrections instead. The progress bar counts levels."
 ).format(_GUIDED["balanced"].split(50)[0], *PRESETS["balanced"].split(50))
 _CFG = "Guidance, as in KSampler; 1: none."
 _PRESET = (
