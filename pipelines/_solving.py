@@ -55,7 +55,7 @@ from vml_ldm.adapters.diffusers import (
 from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
 from vml_ldm.objective import Prior
-from vml_ldm.operators import Measurement
+from vml_ldm.operators import Measurement, is_linear
 from vml_ldm.presets import THROUGHOUT, Settings
 from vml_ldm.proximal import Settle
 from vml_ldm.report import Report, memory_text
@@ -300,7 +300,8 @@ class SolvingMixin:
         """
         shape = (len(image), self.vae.config.latent_channels, *(n // self.vae_scale_factor for n in image.shape[2:]))
         steps = chosen.inner_steps > 0
-        decoder = steps or (chosen.proximal is not None and chosen.corrections(a.num_inference_steps) > 0)
+        decoder = chosen.takes_gradients(a.num_inference_steps)
+        decoder = decoder or (chosen.proximal is not None and not is_linear(operator))  # which has no step in pixels
         denoiser = steps and chosen.jacobian == "exact"
         draft = self.gradient_vae if self._has_draft(a) else None
         draft_last = chosen.use_gradient_vae == THROUGHOUT or (chosen.proximal is not None and draft is not None)

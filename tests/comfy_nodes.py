@@ -112,19 +112,15 @@ def _size(tensors):
     return sum(storages.values())
 
 
-@node([model(), vae()], [io.String])
-def SaidOfDynamic(model, vae):
-    """What a MODEL is told whose patcher calls itself dynamic, as those of a GPU do. (The engine may not hold it.)"""
-    from vml_ldm.adapters.comfyui import check_match
+class _Dynamic(ModelPatcher):
+    def is_dynamic(self):
+        return True
 
-    class Dynamic(ModelPatcher):
-        def is_dynamic(self):
-            return True
 
-    try:
-        check_match(Dynamic(model.model, model.load_device, model.offload_device), vae)
-    except RuntimeError as error:
-        return str(error)
+@node([model()], [io.Model])
+def Dynamic(model):
+    """The MODEL with a patcher that calls itself dynamic, as those of a GPU do. (The engine may not know of it.)"""
+    return _Dynamic(model.model, model.load_device, model.offload_device)
 
 
 @node([model()], [io.Model])

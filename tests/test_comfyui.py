@@ -646,9 +646,21 @@ def test_networks_that_do_not_fit_are_named_in_the_node(engine, changed: dict, n
 
 
 @needs_engine
-def test_dynamic_vram_is_refused(engine) -> None:
-    prompt = {"1": graph("VMLInpaint")["1"], "ask": call("SaidOfDynamic", model=["1", 0], vae=["1", 1])}
-    assert "Start ComfyUI with --disable-dynamic-vram" in said(engine, ["ask", 0], prompt)
+@pytest.mark.parametrize("inputs", [{"preset": "fast", "cfg": 1.0}, {"preset": "balanced"}], ids=["fast", "guided"])
+def test_dynamic_vram_serves_what_needs_no_gradient(engine, inputs: dict) -> None:
+    dynamic = {"6": call("Dynamic", model=["1", 0])}
+    found = pictures(engine, engine.run(graph("VMLInpaint", model=["6", 0], **inputs) | dynamic))
+    assert np.array_equal(found, pictures(engine, engine.run(graph("VMLInpaint", **inputs))))
+
+
+@needs_engine
+@pytest.mark.parametrize("node", ["VMLInpaint", "VMLRestore"])
+def test_dynamic_vram_is_refused_where_gradients_are_needed(engine, node: str) -> None:
+    inputs = {"model": ["6", 0], "preset": "balanced", "cfg": 1.0, "gradient_vae": ["1", 4]}
+    more = {"6": call("Dynamic", model=["1", 0]), "7": call("VMLOperatorBlur", std=1.0)}
+    inputs |= {"operator": ["7", 0]} if node == "VMLRestore" else {}
+    said = engine.error(graph(node, **inputs) | more)["exception_message"]
+    assert "--disable-dynamic-vram; or inpaint with a cfg above 1 or the preset fast" in said
 
 
 @needs_engine

@@ -70,6 +70,12 @@ class Settings:
         share = int(_CORRECTING[self.start] * self.budget * num_inference_steps)
         return min(share, _MOST_CORRECTIONS.get(self.start, share))
 
+    def takes_gradients(self, num_inference_steps: float) -> bool:
+        """Whether any network is asked for a gradient. (Proximal levels of an operator without a step in pixels always
+        ask the decoder.)"""
+        by_decoder = self.proximal is not None and self.proximal.steps > 0
+        return self.inner_steps > 0 or by_decoder or self.corrections(num_inference_steps) > 0
+
     def split(self, num_inference_steps: float) -> tuple[int, int]:
         """(levels, K) that the budget pays; a level costs K + 1 denoiser evaluations, the last one more.
 

@@ -115,13 +115,13 @@ class VMLInpaint(_SolvingNode):
         cls, image, mask, seed, steps, cfg, sigma_y, preset, scheduler, start, model, vae, positive, negative,
         sigmas=None, gradient_vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_match(model, vae, gradient_vae)
+        chosen = settings(preset, inpaints=True, guided=cfg != 1.0, drafts=gradient_vae is not None)
+        check_match(model, vae, gradient_vae, chosen.takes_gradients(steps))
         known = to_known(mask)
         pixels, known = pair(to_pixels(image, known), known)
         fit = padded(tuple(pixels.shape[2:]), vae.spacial_compression_decode())
         canvas, seen = fit.bring(pixels, known)
         positive, negative = with_masked_image(model, vae, (positive, negative), canvas, seen)
-        chosen = settings(preset, inpaints=True, guided=cfg != 1.0, drafts=gradient_vae is not None)
         if not seen.any():
             chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
@@ -136,7 +136,7 @@ class VMLInpaint(_SolvingNode):
         parts = parts_near(seen, vae.spacial_compression_decode()) if chosen.inner_steps or chosen.proximal else None
         task = Task(
             pose, len(canvas), fit.padded, sigma_y, chosen, preset, start,
-            correct_steps=chosen.corrections(steps), end=end,
+            correct_steps=chosen.corrections(steps), end=end, gradients=chosen.takes_gradients(steps),
         )  # fmt: skip
         solution, report, latent = networks.solve(task, noise, seed)
         painted = fit.take_back(solution.image.cpu(), pixels, known)

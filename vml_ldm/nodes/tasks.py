@@ -35,6 +35,7 @@ class Task:
         pixel_step: the image takes a last step in pixels (`vml_ldm.measuring.settle`).
         correct_steps: corrections of the last estimate (`vml_ldm.proximal.correct`).
         end: the step in pixels of proximal levels, from an image and the noise (B,); None: the operator's own.
+        gradients: whether a network is asked for one (`Settings.takes_gradients`).
     """
 
     pose: Callable[[Metered, Tensor, torch.device], Measured]
@@ -47,6 +48,7 @@ class Task:
     pixel_step: bool = False
     correct_steps: int = 0
     end: Callable[[Tensor, Tensor], Tensor] | None = None
+    gradients: bool = True
 
     def solve(self, sampling: Sampling, generator: torch.Generator) -> tuple[Solution, Report]:
         """VML-MAP, level by level."""
@@ -152,6 +154,7 @@ class Networks:
         samples = run(
             work, model=self.model, vae=self.vae, gradient_vae=self.gradient_vae, positive=self.positive,
             negative=self.negative, cfg=self.cfg, sigmas=sigmas, batch=task.batch, size=task.size, seed=seed,
+            gradients=task.gradients,
         )  # fmt: skip
         return *found[0], {"samples": samples}
 

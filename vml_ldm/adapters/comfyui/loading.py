@@ -15,8 +15,8 @@ from ...operators import own
 _GRAPH = 6  # times the memory of a decoder's pass that its pass with a gradient takes; of the model's, more
 
 
-def check_match(model, vae, gradient_vae=None) -> None:
-    """Refuse networks that do not go together, or that gradients cannot pass.
+def check_match(model, vae, gradient_vae=None, gradients: bool = True) -> None:
+    """Refuse networks that do not go together, or that gradients cannot pass where `gradients` are asked for.
 
     VAEs of as many channels and pixels are not told apart: those of Stable Diffusion 1.x and XL, say.
 
@@ -24,8 +24,9 @@ def check_match(model, vae, gradient_vae=None) -> None:
         ValueError: a MODEL that is not of still images, or a VAE of other latents.
         RuntimeError: as `check_vaes`.
     """
-    check_vaes(vae, gradient_vae)
-    _check_static([model])
+    check_vaes(vae, gradient_vae, gradients)
+    if gradients:
+        _check_static([model])
     latents = model.model.latent_format
     if latents.latent_dimensions != 2:
         raise ValueError(
@@ -36,8 +37,8 @@ def check_match(model, vae, gradient_vae=None) -> None:
     _check_latents("VAE", found, (latents.latent_channels, ratio or found[1]))
 
 
-def check_vaes(vae, gradient_vae=None) -> None:
-    """Refuse VAEs that are none, or not of the same latents.
+def check_vaes(vae, gradient_vae=None, gradients: bool = True) -> None:
+    """Refuse VAEs that are none, not of the same latents, or that gradients cannot pass where they are asked for.
 
     Raises:
         ValueError: VAEs that are not of still images, or of other latents.
@@ -47,7 +48,8 @@ def check_vaes(vae, gradient_vae=None) -> None:
         if each is None:
             continue
         each.throw_exception_if_invalid()
-        _check_static([each.patcher])
+        if gradients:
+            _check_static([each.patcher])
         if each.latent_dim != 2:
             raise ValueError(
                 f"the {name} has latents of {each.latent_dim} dimensions; expected 2-D latents, those of still images. "
@@ -73,21 +75,24 @@ def differentiable() -> Iterator[None]:
                 management.in_training = before
 
 
-def prepare(guider: CFGGuider, x: Tensor, vaes: list) -> None:
-    """Load all networks beside each other, whole, and free what the gradient passes through of inference mode.
+def prepare(guider: CFGGuider, x: Tensor, vaes: list, gradients: bool = True) -> None:
+    """Load all networks beside each other. For gradients: whole, and free what they pass through of inference mode.
 
     Args:
         guider: within a sampler's call, for a state x (B, c, h, w).
+        gradients: False: weights may stay elsewhere and come when they are used, as ComfyUI likes.
 
     Raises:
         RuntimeError: weights that are not where they compute.
     """
     patchers = [guider.model_patcher, *guider.loaded_models, *(vae.patcher for vae in vaes)]  # with control networks
+    needed = guider.inner_model.memory_required(list(x.shape))
+    needed += max(vae.memory_used_decode(x.shape, vae.vae_dtype) for vae in vaes)
+    if not gradients:
+        management.load_models_gpu(patchers, memory_required=needed)
+        return
     _check_static(patchers)
-    needed = _GRAPH * (
-        guider.inner_model.memory_required(list(x.shape))
-        + max(vae.memory_used_decode(x.shape, vae.vae_dtype) for vae in vaes)
-    )
+    needed *= _GRAPH
     management.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     for patcher in patchers:
         _check_whole(patcher)
@@ -123,7 +128,8 @@ def _check_static(patchers: Iterable) -> None:
     if any(getattr(patcher, "is_dynamic", bool)() for patcher in patchers):
         raise RuntimeError(
             "ComfyUI's dynamic VRAM moves weights while they are in use, and VML needs gradients through them; "
-            "expected weights that stay. Start ComfyUI with --disable-dynamic-vram."
+            "expected weights that stay. Start ComfyUI with --disable-dynamic-vram; or inpaint with a cfg above 1 or "
+            "the preset fast, which need none."
         )
 
 
@@ -135,7 +141,8 @@ def _check_whole(patcher) -> None:
         raise RuntimeError(
             f"weights of {type(patcher.model).__name__} are on {', '.join(sorted(away))} and it computes on "
             f"{patcher.load_device.type}; expected all of them there, for gradients cannot pass weights that are "
-            "offloaded. Start ComfyUI without --novram, or take a smaller MODEL or one of fewer bits."
+            "offloaded. Start ComfyUI without --novram, or take a smaller MODEL or one of fewer bits; or inpaint with "
+            "a cfg above 1 or the preset fast, which need none."
         )
 
 

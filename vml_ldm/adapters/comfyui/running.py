@@ -49,7 +49,7 @@ class Sampling:
 Work = Callable[[Sampling], Tensor]
 
 
-def make_sampler(work: Work, vae, gradient_vae=None) -> KSAMPLER:
+def make_sampler(work: Work, vae, gradient_vae=None, gradients: bool = True) -> KSAMPLER:
     """A SAMPLER that does the work of a solver.
 
     A noise mask of the LATENT is not used: the measurement says what is known, and ComfyUI's blending of latents would
@@ -59,12 +59,13 @@ def make_sampler(work: Work, vae, gradient_vae=None) -> KSAMPLER:
         work: takes a `Sampling`, gives the clean latent (B, c, h, w) in the model's scaling.
         vae: the MODEL's VAE.
         gradient_vae: None, or a VAE of the same latents with a small decoder.
+        gradients: whether the work asks a network for one. If not, networks are loaded and run as by any sampler.
     """
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None) -> Tensor:
-        with differentiable():
+        with differentiable() if gradients else torch.inference_mode():
             guider, vaes = model.inner_model, [v for v in (vae, gradient_vae) if v is not None]
-            prepare(guider, x, vaes)
+            prepare(guider, x, vaes, gradients)
             prior = ComfyPrior(model, (extra_args or {}) | {"denoise_mask": None}, vae, x.device)
 
             def tell(level: Level) -> None:
@@ -80,7 +81,7 @@ def make_sampler(work: Work, vae, gradient_vae=None) -> KSAMPLER:
 
 def run(
     work: Work, *, model, vae, positive, negative, cfg: float, sigmas: Tensor, batch: int, size, seed: int,
-    gradient_vae=None,
+    gradient_vae=None, gradients: bool = True,
 ) -> Tensor:  # fmt: skip
     """The work of a solver on MODEL, VAE and CONDITIONING -> the latent (B, c, h, w) as LATENT holds it.
 
@@ -90,13 +91,14 @@ def run(
         sigmas: (L + 1,), the last one 0.
         batch, size: how many images, and their (height, width) in pixels.
         seed: what conditioning that draws its own noise is given.
+        gradients: as for `make_sampler`.
     """
     guider = CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     latent = torch.zeros(batch, *latent_size(vae, size))
     preview = latent_preview.prepare_callback(model, len(sigmas) - 1)
-    sampler = make_sampler(work, vae, gradient_vae)
+    sampler = make_sampler(work, vae, gradient_vae, gradients)
     return guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, callback=preview, seed=seed).cpu()
 
 
