@@ -24,7 +24,7 @@ from vml_ldm.app.solving import Solver  # noqa: E402
 
 SIZE, LEVELS = 64, 4
 HOLE = (20, 20, 44, 44)
-WISHES = ("", "balanced", 8, 3, 1.0)  # prompt, preset, steps, seed, guidance: four levels
+WISHES = ("", "balanced", 8, "the task's", 3, 1.0)  # prompt, preset, steps, levels, seed, guidance: four levels
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -30,6 +30,8 @@ TITLE = "vml-ldm"
 _PAINT = "#d6006c"  # seen on pictures of most colours
 _CURVES = {"residual": "#0d9488", "expected of the truth": "#94a3b8"}
 _MISSING = "There is no picture. Upload one, or pick an example."
+_AUTO = "the task's"
+_LEVELS = {_AUTO: None, "proximal": True, "inner steps": False}  # and what the pipelines call it
 _SHOWN = 6  # what handlers give, see `_results`
 _EXAMPLES = 6
 _SIDE = 420  # pixels, of the pictures on the page
@@ -85,14 +87,15 @@ def _settings() -> tuple[dict[str, gr.components.Component], dict[str, gr.Slider
     prompt = gr.Textbox(asked, label="Prompt", placeholder="what to paint; may stay empty", lines=1)
     with gr.Accordion("Settings", open=False):
         preset = gr.Radio(list(PRESETS), value="balanced", label="Preset", info="speed against quality")
-        steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="denoiser evaluations; a preset halves or doubles it")
+        steps = gr.Slider(8, 200, 50, step=1, label="Steps", info="inpainting: some are solved; restoring: a budget")
+        levels = gr.Radio(list(_LEVELS), value=_AUTO, label="Levels", info="proximal ones need no gradients")
         scale = partial(gr.Slider, 1, 15, step=0.5, info="1 = off")
         guidance = {
             "inpaint": scale(7.5, label="Guidance, inpainting"),
             "restore": scale(1.0, label="Guidance, restoring"),
         }
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    return {"prompt": prompt, "preset": preset, "steps": steps, "seed": seed}, guidance
+    return {"prompt": prompt, "preset": preset, "steps": steps, "levels": levels, "seed": seed}, guidance
 
 
 def _results() -> tuple[gr.Button, list]:
@@ -248,13 +251,13 @@ def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
 
 
 def _inpainting(solver: Solver) -> Callable:
-    def inpaint(editor, prompt, preset, steps, seed, guidance):
+    def inpaint(editor, prompt, preset, steps, levels, seed, guidance):
         """Repaint what is painted over; pixels elsewhere come back unchanged."""
         picture, hole = _read_editor(editor)
         image, known = from_pil(picture), 1 - from_pil(hole, 1)
         posed = pose_hole(image, known, **solver.sizes)
         before = image * known + (1 - known) / 2
-        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, seed, guidance))
+        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, levels, seed, guidance))
 
     return inpaint
 
@@ -325,12 +328,13 @@ def _damage(task: str, noise: float, values: dict) -> Restore:
     return Restore(task, noise, oversize="fit", **values)
 
 
-def _asked(prompt: str, preset: str, steps: int, seed: int, guidance: float) -> dict:
+def _asked(prompt: str, preset: str, steps: int, levels: str, seed: int, guidance: float) -> dict:
     """The settings as the pipelines' arguments."""
     return {
         "prompt": prompt,
         "preset": preset,
         "num_inference_steps": int(steps),
+        "proximal": _LEVELS[levels],
         "guidance_scale": guidance,
         "seed": int(seed),
     }

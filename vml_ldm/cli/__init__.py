@@ -302,6 +302,11 @@ def _add_painting(parser: argparse.ArgumentParser) -> None:
     _add_shared(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, help="speed against quality (default: the pipeline's)")
+    parser.add_argument(
+        "--proximal",
+        action=argparse.BooleanOptionalAction,
+        help="levels end by putting in what is known, or take inner steps alone (default: the task's)",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     _add_precision(parser)
     parser.add_argument(

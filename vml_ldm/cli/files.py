@@ -140,6 +140,7 @@ def asked(options: argparse.Namespace) -> dict:
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "preset": options.preset,
+        "proximal": options.proximal,
         "solver": getattr(options, "solver", None),
         "start": getattr(options, "start", None),
         "memory": options.memory,
