@@ -174,13 +174,13 @@ def test_example_workflow_runs(engine, path: Path) -> None:
 @needs_engine
 @pytest.mark.parametrize("small", [False, True], ids=["full", "gradient_vae"])
 def test_inpaint_is_the_pipelines_image(engine, small: bool) -> None:
-    inputs = {"seed": 3, "steps": 20}  # divides 1000: of others ComfyUI's ddim_uniform has a level more than asked for
+    inputs = {"seed": 3, "steps": 16}  # of which ComfyUI's own ddim_uniform makes 17 levels
     inputs |= {"gradient_vae": ["1", 4]} if small else {}
     found = pictures(engine, engine.run(graph("VMLInpaint", **inputs)))
     image, mask = example()
     pipe = VMLInpaintPipeline.from_pretrained(bundled_model())
     pipe.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": 20, "guidance_scale": 7.5, "preset": "fast", "output_type": "pt"}
+    given = {"num_inference_steps": 16, "guidance_scale": 7.5, "preset": "fast", "output_type": "pt"}
     generator = torch.Generator().manual_seed(3)
     expected = pipe(PICTURE, image, mask, generator=generator, use_gradient_vae=small, **given).images
     assert furthest(found, bytes_of(expected)) <= 1

@@ -103,11 +103,15 @@ def run(
 
 
 def sigmas_of(model, scheduler: str, count: int) -> Tensor:
-    """(L + 1,): the noise of `count` levels of one of `SCHEDULERS`, and 0."""
+    """(L + 1,): the noise of `count` levels of one of `SCHEDULERS`, and 0.
+
+    ComfyUI's ddim_uniform has a level more where `count` does not divide 1000 (17 of 16). Its first is left out, so that
+    the budget holds, and the levels are those of diffusers' DDIM.
+    """
     model_sampling = model.get_model_object("model_sampling")
     if scheduler == AUTO:
         scheduler = "simple" if is_flow(model_sampling) else "ddim_uniform"
-    return calculate_sigmas(model_sampling, scheduler, count).cpu()
+    return calculate_sigmas(model_sampling, scheduler, count).cpu()[-(count + 1) :]
 
 
 def levels_of(model_sampling, sigmas: Tensor, renoise: float = 1.0) -> Levels:
