@@ -105,8 +105,8 @@ def run(
 def sigmas_of(model, scheduler: str, count: int) -> Tensor:
     """(L + 1,): the noise of `count` levels of one of `SCHEDULERS`, and 0.
 
-    ComfyUI's ddim_uniform has a level more where `count` does not divide 1000 (17 of 16). Its first is left out, so that
-    the budget holds, and the levels are those of diffusers' DDIM.
+    ComfyUI's ddim_uniform has a level more where `count` does not divide 1000 (17 of 16). Its first is left out: the
+    budget holds, and the levels are those of diffusers' DDIM.
     """
     model_sampling = model.get_model_object("model_sampling")
     if scheduler == AUTO:
