@@ -1,0 +1,35 @@
+"""Weights of eight bits: levels without gradients run on networks that hold anything, if only they compute."""
+
+import pytest
+import torch
+
+from vml_ldm import VMLInpaintPipeline, bundled_model
+from vml_ldm.assets import example_images
+from vml_ldm.evaluation.metrics import psnr
+from vml_ldm.evaluation.tasks import box_mask
+from vml_ldm.images import from_pil, load_image
+
+torchao = pytest.importorskip("torchao.quantization")
+
+
+@pytest.fixture(scope="module")
+def pipes() -> list[VMLInpaintPipeline]:
+    """The bundled checkpoint in float32, and with the weights of its linear layers in eight bits."""
+    found = [VMLInpaintPipeline.from_pretrained(bundled_model()) for _ in range(2)]
+    for pipe in found:
+        pipe.set_progress_bar_config(disable=True)
+    for network in (found[1].unet, found[1].text_encoder, found[1].vae):
+        torchao.quantize_(network, torchao.Int8WeightOnlyConfig())
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_eight_bits_cost_less_than_half_a_decibel(pipes, scale):
+    (path, prompt), *_ = example_images("validation")
+    image = from_pil(load_image(path).resize((128, 128)))
+    known = box_mask(128, 128).reshape(1, 1, 128, 128)
+    call = {"image": image, "mask_image": 1 - known, "preset": "fast", "guidance_scale": scale, "output_type": "pt"}
+    images = [pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images for pipe in pipes]
+    exact, eight = (psnr(found, image, 1 - known).item() for found in images)
+    assert abs(exact - eight) < 0.5
+    assert 0 < (images[0] - images[1]).abs().max()  # it is another network
