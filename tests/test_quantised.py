@@ -32,4 +32,4 @@ def test_eight_bits_cost_less_than_half_a_decibel(pipes, scale):
     images = [pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images for pipe in pipes]
     exact, eight = (psnr(found, image, 1 - known).item() for found in images)
     assert abs(exact - eight) < 0.5
-    assert 0 < (images[0] - images[1]).abs().max()  # it is another network
+    assert (images[0] - images[1]).abs().max() > 0  # it is another network
