@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vml_ldm.measuring import put_in, settle
-from vml_ldm.operators import HDR, Downsample, Mask, Measurement, squares
+from vml_ldm.operators import HDR, Downsample, Grayscale, Mask, Measurement, squares
 
 SIZE = (16, 16)
 
@@ -69,3 +69,9 @@ def test_known_pixels_count_alone_and_each_image_by_its_own_noise():
     assert torch.allclose(both, torch.cat(alone), atol=1e-6)
     other = torch.where(known > 0, y, torch.rand_like(y))
     assert torch.equal(both, put_in(image, other, known, torch.tensor([0.0, 0.05])))
+
+
+def test_complex_values_of_a_real_operator_are_refused():
+    observed = Measurement(Grayscale(), torch.ones(1, 1, 16, 16, dtype=torch.complex64), 0.1)
+    with pytest.raises(ValueError, match="the operator gives real numbers, and y has complex ones"):
+        observed.check((16, 16))

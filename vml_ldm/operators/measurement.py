@@ -87,7 +87,7 @@ class Measurement:
         """``y - A(image)``, the shape of y; zero where y tells nothing (a mask's missing pixels).
 
         Raises:
-            ValueError: ``A(image)`` has another shape than y.
+            ValueError: ``A(image)`` has another shape than y, or one of the two is complex and the other real.
         """
         with uncast(image):
             seen = self.operator(image)
@@ -101,6 +101,9 @@ class Measurement:
                 f"the operator maps an image {tuple(image.shape)} to {tuple(seen.shape)}, y has shape "
                 f"{tuple(self.y.shape)}; expected the same. Make y with this operator from images of this size."
             )
+        if seen.is_complex() != self.y.is_complex():
+            kinds = ["complex" if x.is_complex() else "real" for x in (seen, self.y)]
+            raise ValueError(f"the operator gives {kinds[0]} numbers, and y has {kinds[1]} ones; expected the same.")
         residual = self.y - seen
         return self.operator.measured(residual) if hasattr(self.operator, "measured") else residual
 
