@@ -21,12 +21,13 @@ from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, draws_parts
 from vml_ldm.closeup import Part, parts_near
 from vml_ldm.images import seamless
 from vml_ldm.measuring import check_std, measure_known, put_in, tell
+from vml_ldm.metering import Metered
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_numbers, check_one_of, count_prompts, each
 from vml_ldm.pipelines._pixels import crop_pair, read_frame
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels
-from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
+from vml_ldm.solve import Level, Levels, Solution, conclude
 
 SOLVERS = ("vml", "none")
 
@@ -136,10 +137,11 @@ class InpaintingMixin:
                 else lambda image: put_in(image, a.frame.pixels, a.frame.known, noise_std)
             )
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
-            latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered)
+            latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered, measured.latent)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
-        about |= {"last_steps": chosen.last_steps}
+        about |= {"last_steps": chosen.last_steps, "correct_steps": chosen.corrections(a.num_inference_steps)}
+        about |= {"interrupted": self.interrupt}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         return *self._finish(a, solution, paste, dtype), report
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels, parse_memory
 from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own
 from vml_ldm.pipelines._common import (
@@ -28,7 +29,7 @@ from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noi
 from vml_ldm.presets import EXPLICIT, RESTORE_STARTS, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
 from vml_ldm.report import Report
-from vml_ldm.solve import Level, Levels, Metered, Solution, conclude
+from vml_ldm.solve import Level, Levels, Solution, conclude
 
 SOLVERS = ("vml", "red-diff")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,11 +67,13 @@ class RestoringMixin:
                 solution = _run(a, self._start(a, levels, measured.latent), prior, measured.measurement, levels)
             else:
                 solving = self._begin(a, measured, noise_std, levels, chosen, metered)
-                latent, trace = self._follow(a, solving, self.num_timesteps, levels.timesteps, tensors, metered)
+                latent, trace = self._follow(
+                    a, solving, self.num_timesteps, levels.timesteps, tensors, metered, measured.latent
+                )
                 solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}
-        about |= {"correct_steps": chosen.corrections(a.num_inference_steps)}
+        about |= {"correct_steps": chosen.corrections(a.num_inference_steps), "interrupted": self.interrupt}
         report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
         if a.output_type == "latent":
             return solution.latent, None, report

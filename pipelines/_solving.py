@@ -54,12 +54,13 @@ from vml_ldm.adapters.diffusers import (
 )
 from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
+from vml_ldm.metering import Metered, Stopped
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, is_linear
 from vml_ldm.presets import THROUGHOUT, Settings
 from vml_ldm.proximal import Settle
 from vml_ldm.report import Report, memory_text
-from vml_ldm.solve import Level, Levels, Metered, noise_like, record, vml_levels
+from vml_ldm.solve import Level, Levels, noise_like, record, vml_levels
 
 logger = logging.getLogger(__name__)
 GRADIENT_VAE = "gradient_vae"
@@ -372,18 +373,29 @@ class SolvingMixin:
         return prior.draft(nn.Module.to(self.gradient_vae, self._execution_device, self.vae.dtype))
 
     def _follow(
-        self, a: SimpleNamespace, solving: Iterator[Level], count: int, timesteps: Tensor, tensors: dict, prior: Metered
+        self,
+        a: SimpleNamespace,
+        solving: Iterator[Level],
+        count: int,
+        timesteps: Tensor,
+        tensors: dict,
+        prior: Metered,
+        first: Tensor,
     ) -> tuple[Tensor, list[dict]]:
         """The solver's last latent and its trace, with a progress bar, callbacks and interruption.
 
-        An interrupted solve gives its last clean estimate, or the latents as a callback changed them.
+        An interrupted solve ends before its next network call. It gives the clean estimate of the last level that
+        ended, the latents as a callback changed them, or, where none ended, `first`.
 
         Args:
             solving: the levels as they end.
             count: how many there are.
             tensors: what callbacks may read and change beside the latents.
+            prior: whose calls the solver makes.
+            first: (B, c, h, w), the measurement's latent.
         """
-        trace = []
+        trace, level, made = [], None, None
+        prior.stopped = lambda: self.interrupt
         try:
             with self.progress_bar(total=count) as bar:
                 for step, level in enumerate(solving):
@@ -395,10 +407,14 @@ class SolvingMixin:
                     if a.callback is not None and step % (a.callback_steps or 1) == 0:
                         a.callback(step, t, level.x_next)
                     if self.interrupt:
-                        return (level.z0_hat if torch.equal(level.x_next, made) else level.x_next), trace
+                        raise Stopped
             return level.x_next, trace
+        except Stopped:
+            if level is None:
+                return first, trace
+            return (level.z0_hat if torch.equal(level.x_next, made) else level.x_next), trace
         finally:
-            self.level = None
+            self.level = prior.stopped = None
 
     def _call_back(self, a: SimpleNamespace, step: int, t: Tensor, level: Level, tensors: dict, prior) -> None:
         """Hand the tensors that were asked for to the user's callback, and take back what it changed."""

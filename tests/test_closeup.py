@@ -15,9 +15,9 @@ from vml_ldm.adapters.diffusers import StableDiffusionPrior, draws_parts
 from vml_ldm.adapters.diffusers.memory import Plan
 from vml_ldm.closeup import CloseUp, drawn_shares, drawn_size, near, parts_near
 from vml_ldm.images import fill_holes
+from vml_ldm.metering import Metered
 from vml_ldm.objective import data_term
 from vml_ldm.operators import Mask, Measurement
-from vml_ldm.solve import Metered
 
 WHOLE = (slice(0, 32), slice(0, 32))
 

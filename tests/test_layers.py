@@ -40,6 +40,7 @@ RULES = {
     "vml_ldm.fitting": Rule(1, frozenset({"torch"})),
     "vml_ldm.objective": Rule(1, frozenset({"torch"})),
     "vml_ldm.optimize": Rule(2, frozenset({"torch"})),
+    "vml_ldm.metering": Rule(2, frozenset({"torch"})),
     "vml_ldm.proximal": Rule(3, frozenset({"torch"})),
     "vml_ldm.pixels": Rule(0, frozenset({"torch"})),
     "vml_ldm.holding": Rule(0, frozenset({"torch"})),

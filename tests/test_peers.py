@@ -19,9 +19,10 @@ from vml_ldm.evaluation.peers import (
     psld,
     resample,
 )
+from vml_ldm.metering import Metered
 from vml_ldm.operators import Mask, Measurement
 from vml_ldm.operators.base import OrthonormalRows
-from vml_ldm.solve import Levels, Metered
+from vml_ldm.solve import Levels
 
 D, SIGMA_Y = 6, 0.05
 PEERS = {

@@ -372,6 +372,27 @@ def test_an_interrupted_call_returns_its_last_clean_estimate(pipe):
 
     report = call(pipe, callback_on_step_end=stop, return_report=True).report
     assert len(report.trace) == 2
+    assert report.interrupted and f"stopped after 2 of {report.levels} levels" in report.text()
+
+
+@pytest.mark.parametrize("last", [1, 4, 11])
+def test_a_stop_within_a_level_lets_no_call_of_the_denoiser_follow(pipe, last):
+    """The picture is that of the last level that ended (none: the smooth filling), and its known pixels are there."""
+    made = []
+
+    def stop(network, inputs, output):
+        made.append(1)
+        pipe._interrupt |= len(made) == last
+
+    hook = pipe.unet.register_forward_hook(stop)
+    try:
+        out = call(pipe, return_report=True, guidance_scale=1.0, num_inference_steps=16)
+    finally:
+        hook.remove()
+    assert len(made) == last and out.report.interrupted
+    assert len(out.report.trace) == last // 2 < out.report.levels  # a level takes two
+    assert np.array_equal(*(np.asarray(image)[np.asarray(right_half()) == 0] for image in (out.images[0], picture())))
+    assert not call(pipe, return_report=True, guidance_scale=1.0).report.interrupted
 
 
 def test_the_report_measures_before_the_paste(pipe):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .closeup import CloseUp, Part, drawn_shares, near, whole
 from .images import fill_holes, seamless
+from .metering import Metered
 from .objective import Prior
 from .operators import Mask, Measurement, is_linear, uncast
 from .proximal import Settle
 from .report import Report
-from .solve import Metered, Solution
+from .solve import Solution
 
 _VAE_SHARE = 0.25  # of the VAE's round-trip error, in the sigma_y that a restoration takes
 _KNOWN_SHARE = 0.5  # and that an inpainting takes, whose known pixels are pasted

@@ -189,9 +189,9 @@ def settings(preset: str, inpaints: bool = False, guided: bool = False, drafts: 
         preset: "fast", "balanced" or "best".
         inpaints: the measurement is of pixels: levels are proximal unless `proximal` is False or a call names its inner
             steps or their Jacobian. Otherwise they are only where `proximal` asks for it.
-        guided: the prior is guided: proximal levels then take no inner steps, unless the call names them, and no
-            corrections. A gradient lets the measurement have its way where the prompt should; the preset "balanced"
-            takes half as many levels again instead.
+        guided: the prior is guided: proximal levels then take no inner steps, unless the call names them, and an
+            inpainting no corrections. A gradient lets the measurement have its way where the prompt should; the preset
+            "balanced" takes half as many levels again instead.
         drafts: there is a small decoder. Without one proximal levels take no gradient through the decoder, which would
             cost more than all else: no inner steps, unless the call names them, and no corrections.
         explicit: fields of `Settings`; `proximal` may also be True, the preset's, or False, none.
@@ -211,8 +211,8 @@ def settings(preset: str, inpaints: bool = False, guided: bool = False, drafts: 
     if isinstance(proximal, Proximal):
         given["proximal"] = proximal
     if chosen.proximal is not None and (guided or not drafts):
-        chosen = replace(chosen, inner_steps=0, correct_share=0.0)
-        chosen = replace(chosen, levels=_GUIDED_LEVELS[preset]) if guided else chosen
+        chosen = replace(chosen, inner_steps=0, correct_share=0.0 if inpaints or not drafts else chosen.correct_share)
+        chosen = replace(chosen, levels=_GUIDED_LEVELS[preset]) if inpaints and guided else chosen
     chosen = replace(chosen, fixed="inner_steps" in given, **given)
     check_choices(chosen.inner_steps, chosen.jacobian)
     if chosen.correct_steps is not None:

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .metering import Metered
 from .objective import DataTerm, Prior, data_term
 from .operators import Measurement, column, is_whole
-from .solve import Generators, Level, Metered, Schedule, Solution, check_batch, conclude, noise_like, record
+from .solve import Generators, Level, Schedule, Solution, check_batch, conclude, noise_like, record
 
 # w of snr_inv = sigma / alpha
 WEIGHTINGS: dict[str, Callable[[float], float]] = {

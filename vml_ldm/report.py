@@ -28,6 +28,7 @@ class Report:
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
             small decoder, where one was used.
         seconds: time by kind, and "total".
+        interrupted: the solve was stopped; `trace` has the levels that ended.
         memory: how graphs were kept ("plan"), the peak predicted for that above the weights ("predicted"), and what was
             allowed ("budget"), in bytes or None; where a small decoder drew, the same of its levels ("draft_plan",
             "draft_predicted").
@@ -50,6 +51,7 @@ class Report:
     calls: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def expected(self) -> list[float]:
@@ -81,7 +83,7 @@ class Report:
                 f"residual   {_row(self.residual)} rms on what was measured, before any paste",
                 f"expected   {_row(self.expected)} = noise {_row(self.sigma_y)} and the VAE's own round trip "
                 f"{_row(self.vae_error)}; residual / expected {_row(ratio, '.2f')}",
-                f"solver     {self.solver}, {self.levels} levels, {self._steps()}{self._preset()}; "
+                f"solver     {self.solver}, {self._levels()}, {self._steps()}{self._preset()}; "
                 f"float32 retries: {retries}{self._memory()}{self._part()}",
                 f"networks   denoiser {calls.get('denoise', 0)} forward / {calls.get('denoise_vjp', 0)} backward, "
                 f"decoder {calls.get('decode', 0)} / {calls.get('decode_vjp', 0)}{self._drafts()}, "
@@ -122,6 +124,11 @@ class Report:
     def _drafts(self) -> str:
         calls = self.calls
         return f" (small one {calls['draft']} / {calls.get('draft_vjp', 0)})" if "draft" in calls else ""
+
+    def _levels(self) -> str:
+        return (
+            f"stopped after {len(self.trace)} of {self.levels} levels" if self.interrupted else f"{self.levels} levels"
+        )
 
     def _memory(self) -> str:
         return f"; memory: {memory_text(self.memory)}" if self.memory else ""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -30,7 +30,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .objective import Prior, Whole, decode_linear, decode_pullback, denoise_pullback, guided
+from .metering import Metered
+from .objective import Prior
 from .operators import Measurement, is_whole
 from .optimize import JACOBIANS, InnerStep, descend
 from .proximal import Proximal, Settle, correct, proximal_step
@@ -249,9 +250,10 @@ def conclude(
     """Decode the last clean estimate and measure what it leaves of y."""
     image = prior.decode(latent)
     residual = measurement.rms(measurement.residual(image))
-    prior.seconds["total"] = time.perf_counter() - started
+    seconds = prior.seconds  # of a GPU when it is done
+    seconds["total"] = time.perf_counter() - started
     noise = measurement.sigma_y.expand(len(image)).tolist()
-    return Solution(image.clamp(0, 1), latent, residual, trace, prior.calls, prior.seconds, noise, solver)
+    return Solution(image.clamp(0, 1), latent, residual, trace, prior.calls, seconds, noise, solver)
 
 
 def vml_levels(
@@ -388,75 +390,3 @@ def noise_like(x: Tensor, generator: Generators = None) -> Tensor:
     if len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators came for {len(x)} images; expected one for each.")
     return torch.cat([noise_like(x[i : i + 1], g) for i, g in enumerate(generator)])
-
-
-class Metered:
-    """A prior that counts its network calls and times them. Pull-backs count as "..._vjp".
-
-    Args:
-        prior: the prior.
-        decoder: what its decoder's calls count as.
-    """
-
-    def __init__(self, prior: Prior, decoder: str = "decode"):
-        self.prior, self.decoder, self.calls, self.seconds = prior, decoder, Counter(), Counter()
-        self.pixel_scale = getattr(prior, "pixel_scale", None)
-
-    @property
-    def push(self) -> Callable | None:
-        """The prior's, as it is now: guidance may change between levels."""
-        push = getattr(self.prior, "push", None)
-        return push and (lambda *state: self._timed("denoise", push, *state))
-
-    def drafting(self, prior: Prior) -> Metered:
-        """Another prior on the same counts, its decoder's as "draft"."""
-        other = Metered(prior, decoder="draft")
-        other.calls, other.seconds = self.calls, self.seconds
-        return other
-
-    def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        return self._timed("denoise", self.prior.denoise, x_t, alpha, sigma)
-
-    def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        """Counts as two calls where the prior is guided: the prompt's and the negative prompt's."""
-        self.calls["denoise"] += self.push is not None
-        return self._timed("denoise", guided, self.prior, x_t, alpha, sigma)
-
-    def encode(self, image: Tensor) -> Tensor:
-        return self._timed("encode", self.prior.encode, image)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self._timed(self.decoder, self.prior.decode, z)
-
-    @property
-    def decode_whole(self) -> Callable[[Tensor], Whole] | None:
-        """The prior's; a part counts as a call of the decoder."""
-        draw = getattr(self.prior, "decode_whole", None)
-        return draw and (lambda z: self._parts_too(self._timed(self.decoder, draw, z)))
-
-    def _parts_too(self, whole: Whole) -> Whole:
-        def pullback(*part):
-            image, pull = self._timed(self.decoder, whole.part_pullback, *part)
-            return image, lambda cotangent: self._timed(f"{self.decoder}_vjp", pull, cotangent)
-
-        return Whole(whole.image, lambda *part: self._timed(self.decoder, whole.part, *part), pullback)
-
-    def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float):
-        z0_hat, pull = self._timed("denoise", denoise_pullback, self.prior, x_t, alpha, sigma)
-        return z0_hat, lambda b: self._timed("denoise_vjp", pull, b)
-
-    def decode_pullback(self, z: Tensor):
-        image, pull = self._timed(self.decoder, decode_pullback, self.prior, z)
-        return image, lambda cotangent: self._timed(f"{self.decoder}_vjp", pull, cotangent)
-
-    def decode_linear(self, z: Tensor):
-        image, push, pull = self._timed(self.decoder, decode_linear, self.prior, z)
-        timed = lambda name, product: lambda v: self._timed(name, product, v)  # noqa: E731
-        return image, timed(f"{self.decoder}_jvp", push), timed(f"{self.decoder}_vjp", pull)
-
-    def _timed(self, name: str, function: Callable, *args):
-        started = time.perf_counter()
-        result = function(*args)
-        self.calls[name] += 1
-        self.seconds[name] += time.perf_counter() - started
-        return result

@@ -51,8 +51,10 @@ class Solver:
         return model_sizes(self.inpaint)
 
     def stop(self) -> None:
-        """End a solve after the level that is under way, with what it has: also one that was asked for a moment ago."""
+        """End a solve before its next network call, with what it has: also one that was asked for a moment ago."""
         self._stopping.set()
+        for pipe in (self.inpaint, self.restore):
+            pipe._interrupt = True  # which a call that is about to begin forgets; its first level then sees the other
 
     def frames(self, pipe, seed: int, **arguments) -> Iterator[Frame]:
         """Run the pipeline beside the caller: a frame for each level, then one with the report.

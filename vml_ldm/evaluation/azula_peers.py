@@ -31,9 +31,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, is_linear
-from vml_ldm.solve import Generators, Metered, Schedule, Solution, conclude
+from vml_ldm.solve import Generators, Schedule, Solution, conclude
 
 METHODS = ("dps", "pigdm", "mmps", "tmpd", "diffpir")
 ONLY_LINEAR = ("pigdm",)

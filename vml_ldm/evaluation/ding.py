@@ -18,9 +18,10 @@ from torch import Tensor
 
 from vml_ldm.evaluation.walking import guided, walk
 from vml_ldm.images import fill_holes
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Mask, Measurement, column
-from vml_ldm.solve import Generators, Metered, Schedule, Solution, noise_like
+from vml_ldm.solve import Generators, Schedule, Solution, noise_like
 
 
 def ding(

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vml_ldm.evaluation.walking import agree, guided, noised, walk
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement
-from vml_ldm.solve import Generators, Metered, Schedule, Solution
+from vml_ldm.solve import Generators, Schedule, Solution
 
 
 class _Pixels:

@@ -28,9 +28,10 @@ from vml_ldm import red
 from vml_ldm.evaluation.ding import ding
 from vml_ldm.evaluation.guess_guide import guess_guide
 from vml_ldm.evaluation.walking import Guiding, agree, guided, noised, preserving, walk
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior, data_term, denoise_pullback
 from vml_ldm.operators import Measurement, column, conjugate_gradients, is_linear, normal_of, squares
-from vml_ldm.solve import Generators, Metered, Schedule, Solution, noise_like
+from vml_ldm.solve import Generators, Schedule, Solution, noise_like
 
 
 def latent_dps(

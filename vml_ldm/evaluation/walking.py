@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior, data_term
 from vml_ldm.operators import Measurement, column
-from vml_ldm.solve import Generators, Metered, Schedule, Solution, conclude, noise_like
+from vml_ldm.solve import Generators, Schedule, Solution, conclude, noise_like
 
 Step = Callable[[int, Tensor, float, float], Tensor]  # (level, x_t, alpha, sigma) -> x at the next level
 

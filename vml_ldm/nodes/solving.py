@@ -12,9 +12,9 @@ from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, check_vaes, ma
 from ..closeup import parts_near
 from ..damage import Damage
 from ..measuring import Measured, leaves_most_open, measure_known, pick_start, put_in
+from ..metering import Metered
 from ..optimize import JACOBIANS
 from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
-from ..solve import Metered
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
 from .operators import CATEGORY as OPERATORS
 from .operators import OPERATOR

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..adapters.comfyui import Sampling, levels_of, run, sigmas_of
 from ..measuring import Measured, check_std, measure, settle, settling, tell
+from ..metering import Metered
 from ..operators import Measurement
 from ..presets import Settings, count_sampled, pick_levels, spread_levels
 from ..proximal import Settle
 from ..report import Report
-from ..solve import Metered, Solution, conclude, noise_like, record, vml_levels
+from ..solve import Solution, conclude, noise_like, record, vml_levels
 from .layout import Seen
 
 _IMAGE_SHARE = 0.1  # of the first state's variance, which noise alone may miss
