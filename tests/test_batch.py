@@ -413,7 +413,7 @@ def test_files_that_are_not_ours_are_left_alone_until_forced(folder, out, restor
 
 def test_a_folder_serves_one_run_at_a_time(folder, out, restorer, monkeypatch) -> None:
     out.mkdir()
-    monkeypatch.setattr(manifest, "_PATIENCE", 0.0)
+    monkeypatch.setattr(manifest, "PATIENCE", 0.0)
     with manifest.lock(out, main=True), pytest.raises(ValueError, match="is in use by another run"):
         solve_folder(restorer, SR4, folder, out, **STEPS)
     assert solve_folder(restorer, SR4, folder, out, **STEPS).kept == 0

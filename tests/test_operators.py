@@ -45,9 +45,9 @@ from vml_ldm.operators import (
     squares,
 )
 from vml_ldm.operators.base import normal_of
-from vml_ldm.operators.blur import BOUNDARIES, _fast_length
+from vml_ldm.operators.blur import BOUNDARIES, fast_length
 from vml_ldm.operators.smoothing import roughness_gradient
-from vml_ldm.operators.spectral import _coarsen
+from vml_ldm.operators.spectral import coarsen
 
 SIZE = (16, 8)
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -390,7 +390,7 @@ def test_a_blur_keeps_its_spectrum_for_autograd_and_for_a_kernel_that_is_learnt(
 
 @pytest.mark.parametrize("n, fast", [(1, 1), (128, 128), (146, 150), (7, 8), (11, 12), (241, 243)])
 def test_a_fast_length_has_small_prime_factors(n, fast):
-    assert _fast_length(n) == fast
+    assert fast_length(n) == fast
 
 
 def test_each_image_may_have_its_kernel():
@@ -494,7 +494,7 @@ def test_the_coarser_magnitudes_are_those_of_every_second_pixel(size):
     )
     smooth = rows @ waves.cdouble() @ columns.T / waves[0, 0].numel()  # what its waves are with twice the pixels
     fine, coarse = (torch.fft.fft2(x, norm="ortho").abs() for x in (smooth, torch.fft.ifft2(waves)))
-    assert torch.allclose(_coarsen(fine), coarse)
+    assert torch.allclose(coarsen(fine), coarse)
 
 
 @pytest.mark.parametrize("oversample", [1, 1.25, 2, 3.3])

@@ -101,11 +101,11 @@ def test_every_name_is_drawn_in_the_order_of_the_shuffle(model: str, gallery: Ga
     """And what is written is read again as a list."""
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     monkeypatch.setattr(choosing, "STEPS", 2)
-    monkeypatch.setattr(choosing, "_BATCH", 4)
+    monkeypatch.setattr(choosing, "BATCH", 4)
     drawn = list(choosing.draw_all(pipe, gallery))
     assert [(d.name, d.prompt) for d in drawn] == [LISTED[i] for i in shuffled(6)]
     assert [d.place for d in drawn] == list(range(6)) and all(1 <= d.rank <= 6 for d in drawn)
-    monkeypatch.setattr(choosing, "_BATCH", 1)
+    monkeypatch.setattr(choosing, "BATCH", 1)
     assert [d.rank for d in choosing.draw_all(pipe, gallery)] == [d.rank for d in drawn]
     monkeypatch.setattr(choosing, "Gallery", lambda *_: gallery)
     choosing.main(["--count", "3", "--model", model, "--data", str(gallery.folder)])

@@ -31,7 +31,7 @@ def test_files_and_table(tmp_path):
 def test_every_level_and_step_is_paid_for(tmp_path, monkeypatch):
     pipe = VMLRestorePipeline.from_pretrained(tiny.save(tmp_path / "tiny"), safety_checker=None)
     monkeypatch.setattr(scaling, "AXES", {"levels": (2, 4), "inner_steps": (1, 2), "side": (1, 2), "batch": (1, 2)})
-    monkeypatch.setattr(scaling, "_TIMES", 1)
+    monkeypatch.setattr(scaling, "TIMES", 1)
     monkeypatch.setitem(vml_levels.__kwdefaults__, "step", InnerStep("analytic"))  # two decodes each
     found = {(point.axis, point.value): point.calls for point in scaling.measure(pipe)}
     fixed = 2 * found["levels", 2] - found["levels", 4]  # before the first level and after the last

@@ -21,7 +21,7 @@ from typing import BinaryIO
 NAME = "manifest.jsonl"
 _JOURNAL = "manifest-part-"
 _LOCK = ".manifest.lock"
-_PATIENCE = 10.0  # seconds that killed processes of an earlier run have to vanish
+PATIENCE = 10.0  # seconds that killed processes of an earlier run have to vanish
 
 Write = Callable[[BinaryIO], None]
 
@@ -150,7 +150,7 @@ def lock(folder: Path, *, main: bool) -> BinaryIO:
         import fcntl
     except ImportError:  # Windows
         return file
-    give_up = time.monotonic() + _PATIENCE
+    give_up = time.monotonic() + PATIENCE
     while True:
         try:
             if main:

@@ -24,7 +24,7 @@ from vml_ldm.assets import bundled_model
 from vml_ldm.evaluation.gallery import Gallery, fetch
 
 SEED, WORST_RANK, GUIDANCE, STEPS = 2026, 20, 5.0, 50
-_BATCH = 8
+BATCH = 8
 
 
 class Drawn(NamedTuple):
@@ -46,8 +46,8 @@ def shuffled(count: int) -> list[int]:
 def draw_all(pipe: StableDiffusionPipeline, gallery: Gallery) -> Iterator[Drawn]:
     """Every training picture's name drawn, in the order of the shuffle."""
     order = shuffled(len(gallery.names))
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
         drawings = pipe(
             [gallery.prompts[i] for i in batch],
             guidance_scale=GUIDANCE,

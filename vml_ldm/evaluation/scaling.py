@@ -27,7 +27,7 @@ AXES = {
     "side": (0.5, 0.75, 1, 1.5, 2),
     "batch": (1, 2, 4, 8),
 }
-_TIMES = 3
+TIMES = 3
 _FACTOR = 4  # of the measurement's resolution
 _UNITS = {"levels": "levels", "inner_steps": "inner steps", "side": "pixels", "batch": "images"}
 
@@ -69,7 +69,7 @@ def measure(pipe: VMLRestorePipeline) -> list[Point]:
 
 def _point(pipe: VMLRestorePipeline, axis: str, value: float) -> Point:
     asked = BASE | {axis: value}
-    reports = [_solve(pipe, **asked) for _ in range(_TIMES)]
+    reports = [_solve(pipe, **asked) for _ in range(TIMES)]
     best = min(reports, key=lambda report: report.seconds["total"])
     shown = _side(pipe, value) ** 2 if axis == "side" else int(value)
     return Point(axis, shown, best.seconds["total"], best.overhead, sum(best.calls.values()))

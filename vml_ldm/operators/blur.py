@@ -92,7 +92,7 @@ class Blur(LinearOperator):
         Unless the boundary is circular, x is extended by all that the kernel reaches: zeros may follow it, up to a
         length whose Fourier transform is fast.
         """
-        size = x.shape[2:] if self.closed_form else [_fast_length(n) for n in x.shape[2:]]
+        size = x.shape[2:] if self.closed_form else [fast_length(n) for n in x.shape[2:]]
         filtered = torch.fft.irfft2(torch.fft.rfft2(x, s=size) * response(self._transfer(x, *size)), s=size)
         return filtered[..., : x.shape[2], : x.shape[3]]
 
@@ -237,7 +237,7 @@ def _transform(kernel: Tensor, height: int, width: int) -> Tensor:
     return torch.fft.rfft2(canvas.new_zeros(*canvas.shape[:3], width).index_add(3, across, canvas))
 
 
-def _fast_length(n: int) -> int:
+def fast_length(n: int) -> int:
     """The least length >= n without a prime factor above 5."""
     while _rest(n) > 1:
         n += 1

@@ -58,7 +58,7 @@ class PhaseRetrieval(Operator):
         """
         expect(y, "y", ("B", "C", "H'", "W'"), "Pass what this operator returned.")
         size = [math.floor(n / self.oversample + 1e-9) for n in y.shape[2:]]
-        low, further = _coarsen(y[:, :1]), math.ceil(steps / 5)
+        low, further = coarsen(y[:, :1]), math.ceil(steps / 5)
         half = [math.ceil(n * m / whole) for n, m, whole in zip(size, low.shape[2:], y.shape[2:], strict=True)]
         noise = torch.rand(half, generator=torch.Generator().manual_seed(seed)).to(y)
         coarse = _find_phase(noise.expand(len(y), 1, -1, -1), low, steps)
@@ -244,7 +244,7 @@ def _hadamard(n: int) -> Tensor:
     return matrix / math.sqrt(n)
 
 
-def _coarsen(y: Tensor) -> Tensor:
+def coarsen(y: Tensor) -> Tensor:
     """The magnitudes (B, C, H', W') that an image of half as many pixels a side has, those of its lower frequencies."""
     for axis in (2, 3):
         whole = y.shape[axis]
