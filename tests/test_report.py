@@ -36,11 +36,11 @@ def test_the_dict_is_plain():
 def test_the_plot_has_each_image_s_residual_what_is_expected_of_it_and_all_of_the_time(tmp_path):
     pytest.importorskip("matplotlib")
     trace = [{"residual": [0.2, 0.1]}, {"residual": [0.05, 0.03]}]
-    two = {"sigma_y": [0.0, 0.04], "vae_error": [0.03, 0.03], "trace": trace}
+    two = {"sigma_y": [0.0, 0.04], "vae_error": [0.03, 0.03], "trace": trace, "residual": [0.04, 0.02]}
     figure = report(**two).plot()
     curve, cost = figure.axes
     first, first_expected, second, second_expected = curve.lines
-    assert (list(first.get_ydata()), list(second.get_ydata())) == ([0.2, 0.05], [0.1, 0.03])
+    assert (list(first.get_ydata()), list(second.get_ydata())) == ([0.2, 0.05, 0.04], [0.1, 0.03, 0.02])
     assert first_expected.get_ydata()[0] == pytest.approx(0.03)
     assert second_expected.get_ydata()[0] == pytest.approx(0.05)
     assert sum(bar.get_width() for bar in cost.patches) == pytest.approx(10)

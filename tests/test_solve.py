@@ -9,6 +9,8 @@ from gaussian import Linear, random_problem
 
 from vml_ldm.operators import Measurement
 from vml_ldm.optimize import InnerStep
+from vml_ldm.proximal import Proximal
+from vml_ldm.red import red_diff_levels
 from vml_ldm.solve import Levels, noise_like, start_from, vml_levels, vml_map
 
 SCALES = [(1.0, 2.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.1)]
@@ -199,6 +201,12 @@ def test_a_level_shows_the_image_that_its_residual_is_of():
     measurement = Measurement(Linear(h), y, 0.1)
     at = {"prior": prior, "measurement": measurement, "schedule": Levels(SCALES)}
     for level in vml_levels(start(), inner_steps=2, generator=torch.Generator().manual_seed(0), **at):
+        assert torch.equal(measurement.rms(measurement.residual(level.image)), level.residual)
+        assert torch.equal(level.image, prior.decode(level.drawn)) and not torch.equal(level.drawn, level.z0_hat)
+    for level in vml_levels(start(), inner_steps=2, proximal=Proximal(), correct_steps=2, **at):
+        assert torch.equal(level.image, prior.decode(level.drawn))
+    for level in red_diff_levels(0 * start(), s=0.1, **at):
+        assert torch.equal(level.image, prior.decode(level.drawn))
         assert torch.equal(measurement.rms(measurement.residual(level.image)), level.residual)
     assert all(level.image is None for level in vml_levels(start(), inner_steps=0, **at))
 

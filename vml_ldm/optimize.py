@@ -111,10 +111,12 @@ class Descent(NamedTuple):
     Attributes:
         x_t: (B, c, h, w), the state after them.
         z0_hat: (B, c, h, w), the clean estimate there.
-        residual: (B,), rms of y - A(Dec(z0_hat)) over the measured values at the last evaluation, in units of y.
+        residual: (B,), rms of y - A(Dec(drawn)) over the measured values, in units of y; NaN where nothing was drawn.
         nll: (B,), the negative log-likelihood there.
         steps: (B,), how many steps each image took.
-        image: (B, 3, H, W), the decoder's at the last evaluation, not clamped; None without one.
+        image: (B, 3, H, W), Dec(drawn), not clamped; None where nothing was drawn.
+        drawn: (B, c, h, w), the clean estimate that was drawn last: the one before the last step, which no call draws
+            again, or z0_hat itself where that step was not taken.
     """
 
     x_t: Tensor
@@ -123,6 +125,7 @@ class Descent(NamedTuple):
     nll: Tensor
     steps: Tensor
     image: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 def descend(
@@ -170,7 +173,7 @@ def descend(
             )
         moving = residual > stop_at * measurement.sigma_y
         if not moving.any():
-            return Descent(x_t, z0_hat, residual, nll, taken, image)
+            return Descent(x_t, z0_hat, residual, nll, taken, image, z0_hat)
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
@@ -178,7 +181,7 @@ def descend(
         d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian), moving)
         x_t = x_t + alpha * column(eta * moving, d) * d
         taken += moving
-    return Descent(x_t, prior.denoise(x_t, alpha, sigma) + push, residual, nll, taken, image)
+    return Descent(x_t, prior.denoise(x_t, alpha, sigma) + push, residual, nll, taken, image, z0_hat)
 
 
 class _Conjugate:

@@ -164,7 +164,8 @@ def _through_pixels(inner: Descent, prior: Prior, measurement: Measurement, sett
     z, movable = prior.encode(settle(image.clamp(0, 1))), getattr(prior, "movable", None)
     if movable is not None:
         z = inner.z0_hat + movable(z - inner.z0_hat)
-    return inner._replace(z0_hat=z, residual=residual, nll=nll, image=image, steps=inner.steps + 1)
+    drawn = {"residual": residual, "nll": nll, "image": image, "drawn": inner.z0_hat}
+    return inner._replace(z0_hat=z, **drawn, steps=inner.steps + 1)
 
 
 def _by_decoder(inner: Descent, s, prior, measurement, noise, steps, stop_at, draft, refresh) -> Descent:
@@ -175,7 +176,8 @@ def _by_decoder(inner: Descent, s, prior, measurement, noise, steps, stop_at, dr
         data = data_term(z, prior=decoder, measurement=measurement)
         residual = measurement.rms(data.residual)
         moving = residual > stop_at * measurement.sigma_y
-        inner = inner._replace(residual=residual, nll=data.nll, image=data.image, steps=inner.steps + moving)
+        drawn = {"residual": residual, "nll": data.nll, "image": data.image, "drawn": z}
+        inner = inner._replace(**drawn, steps=inner.steps + moving)
         if not moving.any():
             break
         v = (inner.z0_hat - z) / s**2 - data.gradient

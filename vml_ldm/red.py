@@ -155,7 +155,7 @@ def red_diff_levels(
 ) -> Iterator[Level]:
     """RED-diff level by level, for whoever shows progress, interrupts or edits mu. Arguments as `red_diff`.
 
-    A level's `z0_hat` and `x_next` are mu after its step; residual and nll are those before it, at x0.
+    A level's `z0_hat` and `x_next` are mu after its step; residual, nll and image are of x0 before it, its `drawn`.
     """
     check_red_choices(weighting, lambda_=lambda_, obs_weight=obs_weight, s=s, lr=lr)
     visits = visits_of(order, schedule)
@@ -234,24 +234,28 @@ class _Loss:
 def _levels(mu, visits, schedule, loss, s, optimizer, generator) -> Iterator[Level]:
     for i in visits:
         alpha, sigma = schedule.scales(i)
-        data = _step(mu, optimizer, loss, s, alpha, sigma, generator)
+        x0, data = _step(mu, optimizer, loss, s, alpha, sigma, generator)
         after = mu.detach().clone()
         residual, steps = loss.measurement.rms(data.residual), torch.ones(len(mu), dtype=torch.long, device=mu.device)
-        level = Level(i, alpha, sigma, after, after, residual, data.nll, steps, data.image)
+        level = Level(i, alpha, sigma, after, after, residual, data.nll, steps, data.image, x0)
         yield level
         mu.data.copy_(level.x_next)
 
 
-def _step(mu, optimizer, loss, s, alpha, sigma, generator) -> DataTerm:
-    """One step of the optimiser on mu, in place; an optimiser that asks again sees the same noise."""
+def _step(mu, optimizer, loss, s, alpha, sigma, generator) -> tuple[Tensor, DataTerm]:
+    """One step of the optimiser on mu, in place: the x0 that was drawn, and the measurement as seen from it.
+
+    An optimiser that asks again sees the same noise.
+    """
     n1 = noise_like(mu, generator) if s > 0 else 0.0
     n2 = noise_like(mu, generator)
     seen = []
 
     def closure() -> Tensor:
-        value, mu.grad, data = loss(mu.detach() + s * n1, n2, alpha, sigma)
-        seen[:] = [data]
+        x0 = mu.detach() + s * n1
+        value, mu.grad, data = loss(x0, n2, alpha, sigma)
+        seen[:] = [x0.clone(), data]
         return value
 
     optimizer.step(closure)
-    return seen[0]
+    return tuple(seen)

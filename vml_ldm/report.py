@@ -23,7 +23,8 @@ class Report:
         solver: "vml", "red-diff", which takes one step at each level and never the denoiser's Jacobian, or the name of
             the caller's own.
         drawn: of each image, how much was drawn at each step, in [0, 1]; empty: all.
-        trace: a dict for each level: alpha, sigma, residual, nll, steps.
+        trace: a dict for each level: alpha, sigma, residual, nll, steps. The residual is that of the estimate that the
+            level drew last, before what its last step made of it; `residual` is the answer's.
         retries: network passes repeated in float32 after non-finite values, by network.
         calls: network calls by kind; "..._vjp" are backward passes, "..._jvp" products by the Jacobian; "draft" is the
             small decoder, where one was used.
@@ -106,11 +107,16 @@ class Report:
 
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         curve, cost = figure.subplots(1, 2, width_ratios=(2, 1))
-        levels = range(1, len(self.trace) + 1)
+        levels = range(1, len(self.trace) + 2)  # the last is the answer
         for image, expected in enumerate(self.expected):
-            (line,) = curve.semilogy(levels, [_drawn(level["residual"][image]) for level in self.trace], marker="o")
+            drawn = [_drawn(level["residual"][image]) for level in self.trace]
+            (line,) = curve.semilogy(levels, [*drawn, self.residual[image]], marker="o")
             curve.axhline(expected, color=line.get_color(), linestyle="--", linewidth=1)
-        curve.set(xlabel="level", ylabel="rms residual", title="residual, and what is expected of the truth (dashed)")
+        curve.set(
+            xlabel="level; at the end the answer",
+            ylabel="rms residual",
+            title="residual before the level's last step; dashed: expected of the truth",
+        )
         curve.xaxis.get_major_locator().set_params(integer=True)
         total = self.seconds.get("total", 0.0)
         parts = {name: _sum(self.seconds, name) for name in NETWORKS} | {"rest": self.overhead * total}

@@ -103,10 +103,12 @@ class Level:
         index, alpha, sigma: which level.
         z0_hat: (B, c, h, w), the clean estimate after the inner steps.
         x_next: (B, c, h, w), the state handed to the next level.
-        residual: (B,), rms of y - A(Dec(z0_hat)) at the level's last evaluation, in units of y.
+        residual: (B,), rms of y - A(Dec(drawn)), in units of y; NaN where nothing was drawn.
         nll: (B,), the negative log-likelihood there.
         steps: (B,), inner steps that each image took.
-        image: (B, 3, H, W), the decoder's at that evaluation, for a preview; None where the level had none.
+        image: (B, 3, H, W), Dec(drawn), for a preview; None where nothing was drawn.
+        drawn: (B, c, h, w), the clean estimate that the level drew last. What its last step made of it, z0_hat, is
+            drawn by the next level, or at the end.
     """
 
     index: int
@@ -118,6 +120,7 @@ class Level:
     nll: Tensor
     steps: Tensor
     image: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 @dataclass
@@ -303,7 +306,9 @@ def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, st
             z0 = inner.z0_hat  # D(x_t), or what a proximal step made of it
             stopped = i + 1 == count < len(schedule)
             x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
-        level = Level(i, alpha, sigma, inner.z0_hat, x_next, inner.residual, inner.nll, inner.steps, inner.image)
+        drawn = inner._asdict() | {"x_next": x_next}
+        del drawn["x_t"]
+        level = Level(i, alpha, sigma, **drawn)
         yield level
         x_t = level.x_next
 

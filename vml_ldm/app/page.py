@@ -363,10 +363,12 @@ def _shown(solver: Solver, pipe, posed: Posed, before: Tensor, asked: dict) -> I
 
 
 def _curve(frame: Frame) -> pd.DataFrame:
-    """Residual by level; and what is expected of the truth after the VAE's round trip, which is known at the end."""
-    levels = [str(level + 1) for level in range(len(frame.residuals))]
+    """Residual by level, before its last step; at the end the answer's, and what is expected of the truth after the
+    VAE's round trip."""
+    answer = frame.report.residual if frame.report else []
+    levels = [str(level + 1) for level in range(len(frame.residuals))] + ["end"] * len(answer)
     expected = frame.report.expected[0] if frame.report else math.nan
-    values = zip(_CURVES, (frame.residuals, [expected] * len(levels)), strict=True)
+    values = zip(_CURVES, ([*frame.residuals, *answer], [expected] * len(levels)), strict=True)
     return pd.concat([pd.DataFrame({"level": levels, "rms": rms, "what": what}) for what, rms in values])
 
 
