@@ -24,6 +24,7 @@ from vml_ldm.measuring import check_std, measure_known, put_in, tell
 from vml_ldm.metering import Metered
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_numbers, check_one_of, count_prompts, each
+from vml_ldm.pipelines._grouping import can_be_split, groups_of, rows_of, solve_by_group
 from vml_ldm.pipelines._pixels import crop_pair, read_frame
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels
@@ -109,6 +110,13 @@ class InpaintingMixin:
         self._check(a, (channels, 2 * channels + 1))
         a.frame, batch = self._frame(a)
         frame = a.frame
+        groups = groups_of(frame.known.flatten(1).any(1).tolist())  # by whether anything was measured
+        if len(groups) > 1 and can_be_split(a):
+            noise_std = check_std(sigma_y, batch, self._execution_device)
+            given = [{"image": frame.pixels[rows], "mask_image": 1 - frame.known[rows]} for rows in groups]
+            parts = [rows_of(a, rows, **own, noise=noise_std[rows]) for rows, own in zip(groups, given, strict=True)]
+            solve = lambda part: self._solve(part, chosen, preset, part.noise, paste)  # noqa: E731
+            return solve_by_group(parts, groups, solve, self)
         if not frame.known.any():
             chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
         levels, inner_steps = self._levels(a, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from vml_ldm.adapters.diffusers import SchedulerLevels, parse_memory
 from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
 from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
-from vml_ldm.operators import Measurement, own
+from vml_ldm.operators import Measurement, own, part_of
 from vml_ldm.pipelines._common import (
     check_generators,
     check_numbers,
@@ -25,6 +26,7 @@ from vml_ldm.pipelines._common import (
     each,
     to_y,
 )
+from vml_ldm.pipelines._grouping import can_be_split, groups_of, rows_of, solve_by_group
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, RESTORE_STARTS, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of
@@ -52,6 +54,9 @@ class RestoringMixin:
         observed, noise_std = self._observe(a)
         if a.solver == "vml":
             colours = observed.seen((a.height, a.width), self.vae_scale_factor)
+            groups = groups_of([(a.start or pick_start(own), leaves_most_open(own)) for own in colours.split(1, dim=1)])
+            if parts := self._split(a, observed, noise_std, groups):
+                return solve_by_group(parts, groups, partial(self._solve, chosen=chosen), self)
             a.start = a.start or pick_start(colours)
             chosen = replace(chosen, start=a.start, mostly_open=leaves_most_open(colours))
         levels, chosen = self._levels(a, chosen)
@@ -79,6 +84,18 @@ class RestoringMixin:
             return solution.latent, None, report
         image = settle(solution.image, measured.measurement, noise_std) if a.pixel_step else solution.image
         return *self._hand_out(image, a.output_type, dtype), report
+
+    def _split(
+        self, a: SimpleNamespace, observed: Measurement, noise_std: Tensor, groups: list[list[int]]
+    ) -> list[SimpleNamespace]:
+        """The call for each group of images; none where all are one, or where it cannot be told what is whose."""
+        operators = [part_of(a.operator, rows, len(observed.y)) for rows in groups]
+        if len(groups) == 1 or not can_be_split(a) or None in operators:
+            return []
+        return [
+            rows_of(a, rows, y=observed.y[rows], sigma_y=noise_std[rows], operator=operator)
+            for rows, operator in zip(groups, operators, strict=True)
+        ]
 
     def _choose(self, a: SimpleNamespace) -> Settings:
         """The settings of a call; its choices are checked, and those left open are made."""

@@ -192,7 +192,8 @@ class SolvingMixin:
             )
         self._check_gradient_vae(a)
         a.memory = parse_memory(a.memory)
-        self._guidance_scale, self._clip_skip, self._interrupt = a.guidance_scale, a.clip_skip, False
+        self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
+        self._interrupt = getattr(a, "interrupted", False)  # in a group of images before this one
         self._remember(a)
 
     def _check_gradient_vae(self, a: SimpleNamespace) -> None:

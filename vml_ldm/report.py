@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from math import hypot, nan
 
 NETWORKS = ("denoise", "decode", "draft", "encode")
+_SUMMED = ("calls", "seconds", "retries")
 
 
 @dataclass
@@ -189,3 +193,38 @@ def _row(values: list[float], form: str = ".4f") -> str:
 
 def _sum(seconds: dict[str, float], *names: str) -> float:
     return sum(seconds.get(name + kind, 0.0) for name in names for kind in ("", "_vjp", "_jvp"))
+
+
+def join_reports(reports: Sequence[Report], groups: Sequence[Sequence[int]]) -> Report:
+    """The report of a batch that was solved in groups, from theirs and from the places of their images.
+
+    Lists are in the batch's order. Levels, steps and corrections are those of the group that had most; calls and
+    seconds are sums; the trace has the levels of one group after another, with None for images of the others.
+    """
+    first, batch = reports[0], sum(map(len, groups))
+
+    def spread(values: list, group: Sequence[int]) -> list:
+        row = [None] * batch
+        for place, value in zip(group, values, strict=True):
+            row[place] = value
+        return row
+
+    def joined(name: str) -> list:
+        rows = [spread(getattr(report, name), group) for report, group in zip(reports, groups, strict=True)]
+        return [next(value for value in column if value is not None) for column in zip(*rows, strict=True)]
+
+    lists = {name: joined(name) for name in ("sigma_y", "vae_error", "effective_sigma_y", "residual")}
+    drawn = [report.drawn or [1.0] * len(group) for report, group in zip(reports, groups, strict=True)]
+    if any(report.drawn for report in reports):
+        lists["drawn"] = [share for _, share in sorted(zip(chain(*groups), chain(*drawn), strict=True))]
+    trace = [
+        {name: spread(value, group) if isinstance(value, list) else value for name, value in level.items()}
+        for report, group in zip(reports, groups, strict=True)
+        for level in report.trace
+    ]
+    most = {
+        name: max(getattr(report, name) or 0 for report in reports)
+        for name in ("levels", "inner_steps", "last_steps", "correct_steps")
+    }
+    sums = {name: dict(sum((Counter(getattr(r, name)) for r in reports), Counter())) for name in _SUMMED}
+    return replace(first, **lists, **most, **sums, trace=trace, interrupted=any(r.interrupted for r in reports))

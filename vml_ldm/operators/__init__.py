@@ -37,6 +37,7 @@ from .base import (
     length_of_rms,
     normal_of,
     own,
+    part_of,
     squares,
     uncast,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "motion_kernel",
     "normal_of",
     "own",
+    "part_of",
     "solves",
     "squares",
     "uncast",

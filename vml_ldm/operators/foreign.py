@@ -27,6 +27,8 @@ class Custom(Operator):
         ValueError: in the backward pass, a result of vjp that is not shaped like the image.
     """
 
+    foreign = True
+
     def __init__(self, forward: Callable[[Tensor], Tensor], vjp: Callable[[Tensor, Tensor], Tensor]):
         for name, function in (("forward", forward), ("vjp", vjp)):
             if not callable(function):
@@ -50,6 +52,8 @@ class LinearCustom(LinearOperator):
         TypeError: an argument that cannot be called; at the call, a result that is no tensor.
         ValueError: in the backward pass, a result of adjoint that is not shaped like the image.
     """
+
+    foreign = True
 
     def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
         for name, function in (("forward", forward), ("adjoint", adjoint)):
@@ -130,6 +134,8 @@ def from_physics(physics: Any, *, linear: bool | None = None) -> Operator:
 
 
 class _Physics(Operator):
+    foreign = True
+
     def __init__(self, physics: Any):
         self.physics = physics
 
@@ -146,6 +152,8 @@ class _Physics(Operator):
 
 
 class _LinearPhysics(LinearOperator):
+    foreign = True
+
     def __init__(self, physics: Any):
         self.physics = physics
 
