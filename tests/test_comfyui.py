@@ -28,7 +28,7 @@ from vml_ldm import VMLInpaintPipeline, VMLRestorePipeline
 from vml_ldm.assets import bundled_model, example_images
 from vml_ldm.images import from_pil, read_image
 from vml_ldm.nodes import NODES, WEB_DIRECTORY
-from vml_ldm.operators import Downsample, Grayscale
+from vml_ldm.operators import Downsample, GaussianBlur, Grayscale
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -190,7 +190,7 @@ def test_inpaint_is_the_pipelines_image(engine, small: bool) -> None:
 
 @needs_engine
 def test_restore_is_the_pipelines_image(engine) -> None:
-    asked = {"sigma_y": 0.01, "steps": 20, "start": "auto"}  # of 16 steps ComfyUI makes 17
+    asked = {"sigma_y": 0.01, "steps": 16, "start": "auto"}
     prompt = graph("VMLRestore", image=["6", 0], operator=["7", 0], **asked)
     prompt["6"] = {
         "class_type": "ImageScaleBy",
@@ -202,7 +202,7 @@ def test_restore_is_the_pipelines_image(engine) -> None:
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(
         PICTURE, y=F.interpolate(example()[0], (32, 32), mode="area"), operator=Downsample(4), sigma_y=0.01,
-        generator=torch.Generator().manual_seed(0), num_inference_steps=20, preset="fast", use_gradient_vae=False,
+        generator=torch.Generator().manual_seed(0), num_inference_steps=16, preset="fast", use_gradient_vae=False,
         output_type="pt",
     ).images  # fmt: skip
     assert furthest(found, bytes_of(expected)) <= 1
@@ -661,6 +661,27 @@ def test_dynamic_vram_is_refused_where_gradients_are_needed(engine, node: str) -
     inputs |= {"operator": ["7", 0]} if node == "VMLRestore" else {}
     said = engine.error(graph(node, **inputs) | more)["exception_message"]
     assert "--disable-dynamic-vram; or inpaint with a cfg above 1 or the preset fast" in said
+
+
+@needs_engine
+@pytest.mark.parametrize("proximal, said", [(True, "5 levels, up to 0 inner"), (False, "4 levels, up to 3 inner")])
+def test_levels_end_as_they_are_asked_to(engine, proximal: bool, said: str) -> None:
+    prompt = graph("VMLInpaint", steps=20, preset="balanced", proximal=proximal)
+    assert said in engine.run(prompt)["5"]["text"][0]
+
+
+@needs_engine
+def test_a_proximal_restoration_is_the_pipelines_image(engine) -> None:
+    inputs = {"steps": 50, "preset": "fast", "operator": ["6", 0], "proximal": True, "gradient_vae": ["1", 4]}
+    found = pictures(
+        engine, engine.run(graph("VMLRestore", seed=3, **inputs) | {"6": call("VMLOperatorBlur", std=1.0)})
+    )
+    pipe = VMLRestorePipeline.from_pretrained(bundled_model())
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 50, "preset": "fast", "proximal": True, "start": "noise", "output_type": "pt"}
+    problem = {"y": example()[0], "operator": GaussianBlur(1.0), "generator": torch.Generator().manual_seed(3)}
+    expected = pipe(PICTURE, **problem, **asked).images
+    assert furthest(found, bytes_of(expected)) <= 1
 
 
 @needs_engine

@@ -49,6 +49,7 @@ _SIGMAS = (
     "The levels themselves, in place of the scheduler's; they end at 0 and share the steps. Below denoise 1, start "
     "from the measurement."
 )
+_PROXIMAL = "Levels end by putting in what is known; otherwise they take inner steps alone."
 _INNER = "At each level at the most. A level costs one model evaluation more."
 _JACOBIAN = "exact goes back through the model; free does not, and is cheaper."
 _RENOISE = "Share of fresh noise in the next level's state. 1: all of it. 0: none, deterministic."
@@ -60,7 +61,7 @@ class _SolvingNode(io.ComfyNode):
     """An all-in-one node. A subclass gives its name, what its image is, its own inputs and `execute`."""
 
     name, about, result = "", "", ""
-    starts, start_tip, cfg = STARTS, _START, 7.5
+    starts, start_tip, cfg, proximal = STARTS, _START, 7.5, True
 
     @classmethod
     def inputs(cls) -> list:
@@ -88,6 +89,7 @@ class _SolvingNode(io.ComfyNode):
                 io.Combo.Input("start", options=list(cls.starts), default=cls.starts[0], tooltip=cls.start_tip),
                 io.Sigmas.Input("sigmas", optional=True, tooltip=_SIGMAS),
                 _small(),
+                io.Boolean.Input("proximal", default=cls.proximal, optional=True, tooltip=_PROXIMAL),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip=cls.result),
@@ -113,9 +115,10 @@ class VMLInpaint(_SolvingNode):
     @ordinary_tensors()
     def execute(
         cls, image, mask, seed, steps, cfg, sigma_y, preset, scheduler, start, model, vae, positive, negative,
-        sigmas=None, gradient_vae=None,
+        sigmas=None, gradient_vae=None, proximal=True,
     ) -> io.NodeOutput:  # fmt: skip
-        chosen = settings(preset, inpaints=True, guided=cfg != 1.0, drafts=gradient_vae is not None)
+        about = {"guided": cfg != 1.0, "drafts": gradient_vae is not None, "proximal": proximal}
+        chosen = settings(preset, inpaints=True, **about)
         check_match(model, vae, gradient_vae, chosen.takes_gradients(steps))
         known = to_known(mask)
         pixels, known = pair(to_pixels(image, known), known)
@@ -147,7 +150,7 @@ class VMLRestore(_SolvingNode):
     name = "VML Restore"
     about = "Finds a picture that the operator turns into the one at hand."
     result = "Of the input's size, times the operator's factor."
-    starts, start_tip, cfg = ("auto", *RESTORE_STARTS), f"{_START} {_STARTS}", 1.0
+    starts, start_tip, cfg, proximal = ("auto", *RESTORE_STARTS), f"{_START} {_STARTS}", 1.0, False
 
     @classmethod
     def inputs(cls) -> list:
@@ -162,7 +165,7 @@ class VMLRestore(_SolvingNode):
     @ordinary_tensors()
     def execute(
         cls, image, operator, seed, steps, cfg, sigma_y, preset, scheduler, start, model, vae, positive, negative,
-        sigmas=None, gradient_vae=None,
+        sigmas=None, gradient_vae=None, proximal=False,
     ) -> io.NodeOutput:  # fmt: skip
         check_match(model, vae, gradient_vae)
         stride = vae.spacial_compression_decode()
@@ -170,7 +173,8 @@ class VMLRestore(_SolvingNode):
         colours = seen.colours(stride)
         start = pick_start(colours) if start == "auto" else start
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
-        chosen = settings(preset, start=start, mostly_open=leaves_most_open(colours))
+        about = {"guided": cfg != 1.0, "drafts": gradient_vae is not None, "proximal": proximal}
+        chosen = settings(preset, start=start, mostly_open=leaves_most_open(colours), **about)
         noise, chosen = networks.plan(chosen, steps, start, picks=True)
         task = Task(
             posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True,

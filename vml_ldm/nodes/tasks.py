@@ -134,7 +134,7 @@ class Networks:
             return self.sigmas, replace(chosen, inner_steps=chosen.inner_steps_of(len(self.sigmas) - 1, steps))
         count, inner_steps = chosen.split(steps)
         chosen = replace(chosen, inner_steps=inner_steps)
-        if chosen.proximal is not None:
+        if chosen.proximal is not None and not picks:
             sigmas = sigmas_of(self.model, self.scheduler, steps)
             levels = levels_of(self.model.get_model_object("model_sampling"), sigmas)
             return sigmas[[*spread_levels(levels.noise, count), -1]], chosen
