@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +15,6 @@ from vml_ldm.report import Report, join_reports
 Solved = tuple[Any, list[bool] | None, Report]  # images in the output type, safety flags, the report
 
 _PER_IMAGE = ("latents", "generator")
-
-
-def groups_of(decisions: Sequence[Hashable]) -> list[list[int]]:
-    """Places of images with equal decisions, the groups by their first image: ``[a, b, a] -> [[0, 2], [1]]``."""
-    found: dict[Hashable, list[int]] = {}
-    for place, decision in enumerate(decisions):
-        found.setdefault(decision, []).append(place)
-    return list(found.values())
 
 
 def can_be_split(a: SimpleNamespace) -> bool:

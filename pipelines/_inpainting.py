@@ -20,11 +20,11 @@ from torch.nn.functional import interpolate
 from vml_ldm.adapters.diffusers import GuidedPrior, SchedulerLevels, draws_parts, parse_memory
 from vml_ldm.closeup import Part, parts_near
 from vml_ldm.images import seamless
-from vml_ldm.measuring import check_std, measure_known, put_in, tell
+from vml_ldm.measuring import check_std, groups_of, measure_known, put_in, tell
 from vml_ldm.metering import Metered
 from vml_ldm.operators import Mask, own
 from vml_ldm.pipelines._common import check_generators, check_numbers, check_one_of, count_prompts, each
-from vml_ldm.pipelines._grouping import can_be_split, groups_of, rows_of, solve_by_group
+from vml_ldm.pipelines._grouping import can_be_split, rows_of, solve_by_group
 from vml_ldm.pipelines._pixels import crop_pair, read_frame
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, STARTS, Settings, settings, spread_levels

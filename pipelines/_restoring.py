@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from vml_ldm.adapters.diffusers import SchedulerLevels, parse_memory
-from vml_ldm.measuring import NEAR, Measured, check_std, leaves_most_open, measure, pick_start, settle, settling, tell
+from vml_ldm.measuring import (
+    NEAR,
+    Measured,
+    check_std,
+    groups_of,
+    leaves_most_open,
+    measure,
+    pick_start,
+    settle,
+    settling,
+    tell,
+)
 from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, own, part_of
@@ -26,7 +37,7 @@ from vml_ldm.pipelines._common import (
     each,
     to_y,
 )
-from vml_ldm.pipelines._grouping import can_be_split, groups_of, rows_of, solve_by_group
+from vml_ldm.pipelines._grouping import can_be_split, rows_of, solve_by_group
 from vml_ldm.pipelines._solving import VMLPipelineOutput, is_explicit, start_noise
 from vml_ldm.presets import EXPLICIT, RESTORE_STARTS, STARTS, Settings, count_sampled, pick_levels, settings
 from vml_ldm.red import RedDiff, red_diff_levels, visits_of

@@ -112,6 +112,12 @@ def _size(tensors):
     return sum(storages.values())
 
 
+@node([lambda: io.Mask.Input("first"), lambda: io.Mask.Input("second")], [io.Mask])
+def JoinMasks(first, second):
+    """Two masks as one of two."""
+    return torch.cat([first, second])
+
+
 class _Dynamic(ModelPatcher):
     def is_dynamic(self):
         return True

@@ -436,6 +436,19 @@ def test_a_batch_of_different_pictures_is_restored_each_by_itself(engine) -> Non
 
 
 @needs_engine
+def test_a_picture_painted_all_over_changes_nothing_for_those_beside_it(engine) -> None:
+    """It is levels alone, and the other, whose noise is the first of the seed, is what it is alone."""
+    alone = pictures(engine, engine.run(graph("VMLInpaint", seed=2)))
+    prompt = graph("VMLInpaint", seed=2, image=["7", 0], mask=["9", 0])
+    prompt["6"] = call("VMLLoadExample", picture=OTHER, hole=0.5)
+    prompt["7"] = call("ImageBatch", image1=["2", 0], image2=["6", 0])
+    prompt["8"] = call("SolidMask", value=1.0, width=128, height=128)
+    prompt["9"] = call("JoinMasks", first=["2", 1], second=["8", 0])
+    found = pictures(engine, engine.run(prompt))
+    assert len(found) == 2 and furthest(found[:1], alone) <= 1 and furthest(found[1:], alone) > 20
+
+
+@needs_engine
 def test_flow_models_estimates_are_exact_in_any_scaling(engine) -> None:
     prompt = flow(graph("VMLInpaint"))
     prompt["ask"] = call("FurthestEstimate", model=["flow", 0], vae=["1", 1], positive=["1", 2])

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vml_ldm import VMLInpaintPipeline, VMLRestorePipeline, bundled_model
+from vml_ldm.measuring import groups_of
 from vml_ldm.operators import Blur, Compose, Custom, Downsample, Grayscale, Mask, part_of
-from vml_ldm.pipelines._grouping import groups_of
 from vml_ldm.report import Report, join_reports
 
 SIZE = 128

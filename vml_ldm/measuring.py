@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -105,6 +105,14 @@ def measure_known(
         operator, y, noise_std, filled, prior, seen=y, latent=latent, share=_KNOWN_SHARE, least=_LEAST_KNOWN
     )
     return measured._replace(view=view, drawn=drawn_shares(parts, latent.shape[2:]))
+
+
+def groups_of(decisions: Sequence[Hashable]) -> list[list[int]]:
+    """Places of images with equal decisions, the groups by their first image: ``[a, b, a] -> [[0, 2], [1]]``."""
+    found: dict[Hashable, list[int]] = {}
+    for place, decision in enumerate(decisions):
+        found.setdefault(decision, []).append(place)
+    return list(found.values())
 
 
 def pick_start(colours: Tensor) -> str:

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..adapters.comfyui import SCHEDULERS, Sampling, check_match, check_vaes, make_sampler, with_masked_image
 from ..closeup import parts_near
 from ..damage import Damage
-from ..measuring import Measured, leaves_most_open, measure_known, pick_start, put_in
+from ..measuring import Measured, groups_of, leaves_most_open, measure_known, pick_start, put_in
 from ..metering import Metered
 from ..optimize import JACOBIANS
-from ..presets import PRESETS, RESTORE_STARTS, STARTS, settings
+from ..presets import PRESETS, RESTORE_STARTS, STARTS, Settings, settings
+from ..report import Report, join_reports
 from .layout import Seen, ordinary_tensors, padded, pair, to_image, to_known, to_pixels
 from .operators import CATEGORY as OPERATORS
 from .operators import OPERATOR
@@ -124,26 +125,42 @@ class VMLInpaint(_SolvingNode):
         pixels, known = pair(to_pixels(image, known), known)
         fit = padded(tuple(pixels.shape[2:]), vae.spacial_compression_decode())
         canvas, seen = fit.bring(pixels, known)
-        positive, negative = with_masked_image(model, vae, (positive, negative), canvas, seen)
-        if not seen.any():
-            chosen = replace(chosen, inner_steps=0, fixed=True, proximal=None)  # nothing was measured: levels alone
-        networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
-        noise, chosen = networks.plan(chosen, steps, start)
+        levels_alone = {"inner_steps": 0, "fixed": True, "proximal": None}  # where nothing was measured
+        shared = {"cfg": cfg, "scheduler": scheduler, "sigmas": sigmas, "gradient_vae": gradient_vae}
 
-        def pose(prior: Metered, noise_std: Tensor, device: torch.device) -> Measured:
-            return measure_known(canvas.to(device), seen.to(device), noise_std, prior, parts)
+        def solve(rows: list[int]) -> tuple[Tensor, Report, Tensor]:
+            problem = canvas[rows], seen[rows]
+            own = chosen if seen[rows].any() else replace(chosen, **levels_alone)
+            networks = Networks(model, vae, *with_masked_image(model, vae, (positive, negative), *problem), **shared)
+            noise, own = networks.plan(own, steps, start)
+            task = _inpainting(*problem, vae, own, steps, sigma_y=sigma_y, preset=preset, start=start)
+            solution, report, latent = networks.solve(task, noise, seed)
+            return solution.image.cpu(), report, latent["samples"]
 
-        def end(image: Tensor, noise_std: Tensor) -> Tensor:
-            return put_in(image, canvas.to(image), seen.to(image), noise_std)
-
-        parts = parts_near(seen, vae.spacial_compression_decode()) if chosen.inner_steps or chosen.proximal else None
-        task = Task(
-            pose, len(canvas), fit.padded, sigma_y, chosen, preset, start,
-            correct_steps=chosen.corrections(steps), end=end, gradients=chosen.takes_gradients(steps),
-        )  # fmt: skip
-        solution, report, latent = networks.solve(task, noise, seed)
-        painted = fit.take_back(solution.image.cpu(), pixels, known)
+        groups = groups_of(seen.flatten(1).any(1).tolist())  # by whether anything was measured
+        images, reports, latents = zip(*map(solve, groups), strict=True)
+        back = torch.tensor([place for group in groups for place in group]).argsort()
+        painted = fit.take_back(torch.cat(images)[back], pixels, known)
+        report = join_reports(reports, groups)
+        latent = {"samples": torch.cat(latents)[back]}
         return io.NodeOutput(to_image(painted), latent, f"{fit.text()}\n{report.text()}")
+
+
+def _inpainting(canvas: Tensor, seen: Tensor, vae, chosen: Settings, steps: int, **about) -> Task:
+    """The task of pictures (B, 3, H, W) with known pixels (B, 1, H, W)."""
+    draws = chosen.inner_steps > 0 or chosen.proximal is not None
+    parts = parts_near(seen, vae.spacial_compression_decode()) if draws else None
+
+    def pose(prior: Metered, noise_std: Tensor, device: torch.device) -> Measured:
+        return measure_known(canvas.to(device), seen.to(device), noise_std, prior, parts)
+
+    def end(image: Tensor, noise_std: Tensor) -> Tensor:
+        return put_in(image, canvas.to(image), seen.to(image), noise_std)
+
+    return Task(
+        pose, len(canvas), tuple(canvas.shape[2:]), chosen=chosen, correct_steps=chosen.corrections(steps), end=end,
+        gradients=chosen.takes_gradients(steps), **about,
+    )  # fmt: skip
 
 
 class VMLRestore(_SolvingNode):
