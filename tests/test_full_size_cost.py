@@ -83,7 +83,7 @@ def test_inpaintings_add_up_by_preset(cost):
     """With guidance passes of two alone; without, a step at the levels of noise 1 and above, and corrections."""
 
     def alone(levels: int) -> int:
-        """A pass and a decode at each level but the last; encodes; decodes there, of the VAE's own error, at the end."""
+        """A pass and a decode at each level but the last; encodes; three decodes, at the start and at the end."""
         return 2 * levels - 1 + (levels + 1) + 3
 
     found, levels = made_up(cost), round(0.16 * cost.STEPS)
