@@ -191,6 +191,26 @@ def test_the_whole_is_drawn_once_a_level(held):
         assert torch.equal(anew, CloseUp(prior, parts, image, z).decode(other))
 
 
+@pytest.mark.parametrize("drawn", [True, False], ids=["after the whole was drawn", "before"])
+def test_some_images_are_drawn_as_among_all(held, drawn):
+    vae, z, parts, image = held
+    other, rows = torch.where(near(parts, z) > 0, z.roll(1, 0), z), torch.tensor([1, 2])
+    with prior_of(vae) as prior, torch.no_grad():
+        metered = Metered(prior)
+        view = CloseUp(metered, parts, image, z)
+        if drawn:
+            view.decode(z)
+        else:
+            other = z
+        metered.calls.clear()
+        part = view.select(rows, 3)
+        found, pulled = part.decode(other[rows]), part.decode_pullback(other[rows])[1](image[rows] + 1)
+        assert metered.calls["decode"] == (not drawn) + 2 * 2
+        assert rms(found - view.decode(other)[rows]) < 1e-12
+        assert rms(pulled - view.decode_pullback(other)[1](image + 1)[rows]) < 1e-12
+    assert torch.equal(part.movable(z[rows]), view.movable(z)[rows])
+
+
 PLANS = [
     WHOLE_GRAPH,
     Plan(checkpointed=1),

@@ -46,6 +46,7 @@ from vml_ldm.operators import (
 )
 from vml_ldm.operators.base import normal_of
 from vml_ldm.operators.blur import BOUNDARIES, fast_length
+from vml_ldm.operators.rows import Rows
 from vml_ldm.operators.smoothing import roughness_gradient
 from vml_ldm.operators.spectral import coarsen
 
@@ -991,3 +992,54 @@ def test_smooth_leaves_the_colour_that_nothing_tells(dtype):
     tint = luma.mean() + (luma - luma.mean()) / 11
     change = (found - start).mean(dim=(2, 3))
     assert torch.allclose(change, (change @ luma)[:, None] * tint / (luma @ tint), atol=1e-4)
+
+
+def of_some(operator):
+    """An operator with a mask for each image of a batch of four, and the same with two of the masks."""
+    masks = images(4, seed=8)[:, :1].round()
+    rows = torch.tensor([1, 3])
+    return (operator @ Mask(masks)), (operator @ Mask(masks[rows])), rows
+
+
+@each(BOTH)
+def test_an_operator_for_some_images_of_its_batch(operator, shape):
+    whole, expected, rows = of_some(operator)
+    part, x = Rows(whole, rows, 4), images()
+    assert torch.allclose(vector(part(x)), vector(expected(x)), atol=1e-12)
+    y = operator(images(seed=2))
+    assert torch.equal(part.count(y), expected.count(y)) and torch.equal(part.measured(y), expected.measured(y))
+    assert torch.allclose(part.start(y), expected.start(y), atol=1e-5)
+    assert part.linear == whole.linear == is_linear(part)
+    again = Rows(part, torch.tensor([1]), 2)
+    assert torch.allclose(vector(again(x[1:])), vector(expected(x))[1:], atol=1e-12)
+    source = x.clone().requires_grad_()
+    cotangent = torch.randn_like(part(x))
+    ours, theirs = (torch.autograd.grad(a(source), source, cotangent)[0] for a in (part, expected))
+    assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+@each(LINEAR)
+def test_a_linear_operator_for_some_images_has_all_that_linear_ones_have(operator, shape):
+    whole, expected, rows = of_some(operator)
+    rho, y = torch.tensor([0.3, 0.7], dtype=torch.float64), operator(images(seed=2))
+    for part, of in ((Rows(whole, rows, 4), expected), (Rows(operator, rows, 4), operator)):
+        assert part.closed_form == of.closed_form and part.shift_invariant == of.shift_invariant
+        for ours, theirs in (
+            (part.adjoint(y), of.adjoint(y)),
+            (part.normal(images()), of.normal(images())),
+            (part.solve(images(), rho), of.solve(images(), rho)),
+            (part.solve(images(), 0.3), of.solve(images(), 0.3)),
+            (part.pinv(y), of.pinv(y)),
+        ):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_measurement_of_some_images():
+    mask, y = images(3, seed=8)[:, :1].round(), images(3)
+    measurement = Measurement(lambda image: image * mask, y, [0.1, 0.2, 0.3])
+    rows = torch.tensor([0, 2])
+    part = measurement.select(rows)
+    assert torch.allclose(part.nll(0.9 * y[rows]), measurement.nll(0.9 * y)[rows])
+    assert measurement.select(torch.arange(3)) is measurement
+    with pytest.raises(TypeError, match="no start"):
+        part.start()

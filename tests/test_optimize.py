@@ -440,3 +440,100 @@ def test_an_image_at_rest_asks_for_no_decode():
 
     resting, moving = decodes([0], [100.0]), decodes([1], [1e-3])
     assert resting == 1 and decodes([0, 1], [100.0, 1e-3]) == moving
+
+
+class OfEach(GaussianPrior):
+    """A mean for each image, (B, 1, 1, d), as each has its prompt; it notes how many images each network saw."""
+
+    def __init__(self, mean, cov, seen=None):
+        super().__init__(mean, cov)
+        self.seen = {"denoise": [], "decode": []} if seen is None else seen
+
+    def jacobian(self, alpha, sigma):
+        marginal = alpha**2 * self.cov + sigma**2 * torch.eye(len(self.cov)).to(self.cov)
+        return alpha * self.cov @ torch.linalg.inv(marginal)
+
+    def denoise(self, x_t, alpha, sigma):
+        self.seen["denoise"].append(len(x_t))
+        return super().denoise(x_t, alpha, sigma)
+
+    def decode(self, z):
+        self.seen["decode"].append(len(z))
+        return z + 0.05 * z**2
+
+    def select(self, rows, batch):
+        assert len(self.mean) == batch
+        return OfEach(self.mean[rows], self.cov, self.seen)
+
+
+def each_its_own():
+    """(prior, measurement, x_t) of four images, each with a prior's mean, a mask, a y and a noise of its own."""
+    prior, h, _ = random_problem()
+    h, mean, mask = draw(3, 6) / 2, draw(4, 1, 1, 6, seed=1), (draw(4, 1, 1, 6, seed=2) > -0.5).double()
+    operator = lambda image: (mask * image) @ h.T  # noqa: E731 - a function holds its masks where nobody sees them
+    sigma_y = torch.tensor([9.0, 0.02, 0.6, 0.9], **DOUBLE)
+    return OfEach(mean, prior.cov), Measurement(operator, draw(4, 1, 1, 3, seed=3), sigma_y), draw(4, 1, 1, 6, seed=4)
+
+
+def alone(prior, measurement, x_t):
+    """The images of a batch, each as a problem of its own."""
+    for row in torch.arange(4).split(1):
+        yield OfEach(prior.mean[row], prior.cov), measurement.select(row), x_t[row]
+
+
+@pytest.mark.parametrize("jacobian", ["exact", "free"])
+@pytest.mark.parametrize("step", [InnerStep(), InnerStep("analytic"), InnerStep(1e-4), NEWTON], ids=str)
+def test_no_network_is_called_for_images_at_rest(step, jacobian):
+    """Each call is for as many images as are not at rest, and each image is what it is alone."""
+    prior, measurement, x_t = each_its_own()
+    at = {"alpha": 0.8, "sigma": 0.6, "steps": 12, "step": step, "jacobian": jacobian}
+    together = descend(x_t, prior=prior, measurement=measurement, **at)
+    found = [descend(x, prior=p, measurement=m, **at) for p, m, x in alone(prior, measurement, x_t)]
+    for field, values in zip(together, zip(*found, strict=True), strict=True):
+        assert torch.allclose(field, torch.cat(values), atol=1e-9)
+    steps = together.steps.tolist()
+    assert len(set(steps)) > 1 and steps[0] == 0
+    drawn = prior.seen["denoise"]
+    assert drawn == sorted(drawn, reverse=True)
+    assert drawn[:12] == [sum(taken >= k for taken in steps) for k in range(12)][: len(drawn)]
+    assert max(prior.seen["decode"][-2:]) < 4
+
+
+def test_a_prior_that_cannot_tell_images_apart_keeps_them_all():
+    prior, measurement, x_t = each_its_own()
+    at = {"measurement": measurement, "alpha": 0.8, "sigma": 0.6, "steps": 12}
+    apart = descend(x_t, prior=prior, **at)
+    prior.seen["denoise"].clear()
+    prior.select = None
+    together = descend(x_t, prior=prior, **at)
+    assert set(prior.seen["denoise"]) == {4} and torch.equal(apart.steps, together.steps)
+    assert torch.allclose(apart.x_t, together.x_t, atol=1e-9)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["images leave", "images stay"])
+@pytest.mark.parametrize("drafts", [True, False], ids=["draft", "no draft"])
+def test_no_decoder_is_called_for_corrected_images_at_rest(drafts, tells):
+    """With a draft too, whose image of an image at rest another's correction would draw anew."""
+
+    class Rough(OfEach):
+        def decode(self, z):
+            return 0.9 * super().decode(z)
+
+        def select(self, rows, batch):
+            return Rough(self.mean[rows], self.cov, self.seen)
+
+    def corrected(prior, measurement, x_t):
+        draft = Rough(prior.mean, prior.cov, {"denoise": [], "decode": []}) if drafts else None
+        if not tells:
+            prior.select = None
+        inner = descend(x_t, prior=prior, measurement=measurement, alpha=0.8, sigma=0.6, steps=0)
+        how = {"noise": 0.75, "steps": 8, "draft": draft, "refresh": 3}
+        return correct(inner, prior=prior, measurement=measurement, **how), draft or prior
+
+    prior, measurement, x_t = each_its_own()
+    together, drawing = corrected(prior, measurement, x_t)
+    found = [corrected(*problem)[0] for problem in alone(prior, measurement, x_t)]
+    for field, values in zip(together, zip(*found, strict=True), strict=True):
+        assert torch.allclose(field, torch.cat(values), atol=1e-9)
+    assert len(set(together.steps.tolist())) > 1
+    assert (min(drawing.seen["decode"]) < 4) == tells

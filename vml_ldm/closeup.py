@@ -9,6 +9,7 @@ answer is not drawn up close: decode its latent with the prior.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -141,6 +142,28 @@ class CloseUp:
         """The prior's, where the latent moves."""
         push = getattr(self.prior, "push", None)
         return push and (lambda *state: self._moved * push(*state))
+
+    @property
+    def select(self) -> Callable[[Tensor, int], CloseUp] | None:
+        """The prior's, with the parts of those images. What was drawn of the whole at this level serves them too."""
+        select = getattr(self.prior, "select", None)
+        return select and (lambda rows, batch: self._of(rows, select(rows, batch)))
+
+    def _of(self, rows: Tensor, prior: Prior) -> CloseUp:
+        part, places = copy.copy(self), {image: place for place, image in enumerate(rows.tolist())}
+        part.prior, part.image, part.latent, part._moved = prior, self.image[rows], self.latent[rows], self._moved[rows]
+        part._cut = [places[i] for i in self._cut if i in places]
+        if self._whole is None:  # it will be drawn of these images alone
+            among = {self._cut.index(i): k for k, i in enumerate(i for i in self._cut if i in places)}
+        else:
+            among = {place: place for place in range(len(self._cut))}
+        part._drawn = []
+        for d in self._drawn:
+            kept = [k for k, i in enumerate(d.images) if i in places]
+            if kept:
+                cut = [among[d.places[k]] for k in kept] if d.places else []
+                part._drawn.append(d._replace(images=[places[d.images[k]] for k in kept], places=cut))
+        return part
 
     @property
     def calls(self):

@@ -86,9 +86,18 @@ class Metered:
         """By kind of call, see `Clock.seconds`."""
         return self._clock.seconds
 
+    @property
+    def select(self) -> Callable[[Tensor, int], Metered] | None:
+        """The prior's, on the same counts."""
+        select = getattr(self.prior, "select", None)
+        return select and (lambda rows, batch: self._counting(select(rows, batch), self.decoder))
+
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"; it stops with this one."""
-        other = Metered(prior, decoder="draft", clock=self._clock)
+        return self._counting(prior, "draft")
+
+    def _counting(self, prior: Prior, decoder: str) -> Metered:
+        other = Metered(prior, decoder, clock=self._clock)
         other.calls, other.stopped = self.calls, lambda: self.stopped is not None and self.stopped()
         return other
 

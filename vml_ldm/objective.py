@@ -55,6 +55,8 @@ class Prior(Protocol):
     none (None: all). ``pixel_scale``, a number s, says that z are pixels, ``decode(z) = s z + constant`` (None:
     they are not), and lets an operator's closed-form ``solve`` stand in for iterations.
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
+    ``select(rows, batch) -> Prior`` is the prior of some images of a batch of so many, by their places (n,), which
+    rise: with their prompts, for as long as a level lasts. Images at rest then leave the batch (None: they do not).
     ``decode_whole(z) -> Whole`` is for a decoder that draws a part of a latent differently from that part in the whole,
     as norms and attention over all of the image do (None: it draws parts as they are).
     """

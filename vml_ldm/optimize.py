@@ -106,7 +106,7 @@ class InnerStep:
 
 
 class Descent(NamedTuple):
-    """What the inner steps of one level did.
+    """What the inner steps of one level did, of all images or of some.
 
     Attributes:
         x_t: (B, c, h, w), the state after them.
@@ -126,6 +126,33 @@ class Descent(NamedTuple):
     steps: Tensor
     image: Tensor | None = None
     drawn: Tensor | None = None
+
+    def put(self, rows: Tensor | None, part: Descent) -> Descent:
+        """With a part in place of these rows; None: all of them are the part's."""
+        if rows is None:
+            return part
+        return Descent(*(mine.index_copy(0, rows, theirs) for mine, theirs in zip(self, part, strict=True)))
+
+
+class Underway(NamedTuple):
+    """The images of a batch that are not at rest, and what they are solved with. Those at rest have left the batch
+    where the prior can tell images apart (`Prior.select`); elsewhere they stay, and do not move.
+
+    Attributes:
+        rows: (n,), their places in the batch; None: all are there.
+    """
+
+    prior: Prior
+    measurement: Measurement
+    rows: Tensor | None = None
+
+    def select(self, going: Tensor) -> Underway | None:
+        """Some of them, by their places (n,) among them; None where nobody can leave, or all go on."""
+        select, count = getattr(self.prior, "select", None), len(self.measurement.y)
+        if select is None or len(going) == count:
+            return None
+        rows = going if self.rows is None else self.rows[going]
+        return Underway(select(going, count), self.measurement.select(going), rows)
 
 
 def descend(
@@ -153,35 +180,48 @@ def descend(
         stop_at: an image rests while ``rms(residual) <= stop_at * sigma_y``; 0 never rests.
         step: how each step is made.
     """
-    at = {"prior": prior, "measurement": measurement, "noise": sigma / alpha if alpha > 0 else torch.inf}
-    residual, nll = (x_t.new_full((len(x_t),), torch.nan) for _ in range(2))
-    taken = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    image, push = None, 0.0
-    rule, movable = step.begin(jacobian, at["noise"]), getattr(prior, "movable", lambda change: change)
+    noise = sigma / alpha if alpha > 0 else torch.inf
+    unknown, taken = x_t.new_full((len(x_t),), torch.nan), torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
     if steps == 0 or alpha == 0:
-        return Descent(x_t, guided(prior, x_t, alpha, sigma), residual, nll, taken)
+        return Descent(x_t, guided(prior, x_t, alpha, sigma), unknown, unknown, taken)
+    rule, push, batch = step.begin(jacobian, noise), 0.0, Underway(prior, measurement)
+    found = whole = Descent(x_t, x_t, unknown, unknown, taken)
     for k in range(steps):
+        prior, measurement, x_t = batch.prior, batch.measurement, found.x_t
         z0_hat, pull = _estimate(prior, x_t, alpha, sigma, jacobian)
         push = _push(prior, x_t, z0_hat, alpha, sigma) if k == 0 else push
         z0_hat = z0_hat + push
         data = data_term(z0_hat, prior=prior, measurement=measurement)
-        image, residual, nll = data.image, measurement.rms(data.residual), data.nll
+        residual = measurement.rms(data.residual)
+        found = Descent(x_t, z0_hat, residual, data.nll, found.steps, data.image, z0_hat)
         if not residual.isfinite().all():
             raise NonFiniteError(
-                f"the residual of the clean estimate is {residual.tolist()} at noise {sigma / alpha:.3g}; expected "
+                f"the residual of the clean estimate is {residual.tolist()} at noise {noise:.3g}; expected "
                 "finite values. Look for NaN in y, or for a denoiser or decoder that overflows there."
             )
         moving = residual > stop_at * measurement.sigma_y
-        if not moving.any():
-            return Descent(x_t, z0_hat, residual, nll, taken, image, z0_hat)
+        going = moving.nonzero().flatten()
+        if len(going) == 0:
+            return whole.put(batch.rows, found)
+        at = {"prior": prior, "measurement": measurement, "noise": noise}
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
         if step.precondition == "gauss-newton":
             b = precondition(b, z0_hat, **at, cg_steps=step.cg_steps)
-        v = movable(-alpha * pull(b))
+        v = getattr(prior, "movable", lambda change: change)(-alpha * pull(b))
         d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian), moving)
-        x_t = x_t + alpha * column(eta * moving, d) * d
-        taken += moving
-    return Descent(x_t, prior.denoise(x_t, alpha, sigma) + push, residual, nll, taken, image, z0_hat)
+        found = found._replace(x_t=x_t + alpha * column(eta * moving, d) * d, steps=found.steps + moving)
+        left = batch.select(going) if k + 1 < steps and hasattr(rule, "select") else None
+        if left is not None:
+            whole = whole.put(batch.rows, found)
+            batch, found, push = left, Descent(*(field[going] for field in found)), _of(push, going)
+            rule.select(going)
+    z0_hat = batch.prior.denoise(found.x_t, alpha, sigma) + push
+    return whole.put(batch.rows, found._replace(z0_hat=z0_hat))
+
+
+def _of(value: Tensor | float | None, rows: Tensor) -> Tensor | float | None:
+    """These rows of a tensor; what is none is alike for all."""
+    return value[rows] if isinstance(value, Tensor) else value
 
 
 class _Conjugate:
@@ -194,6 +234,10 @@ class _Conjugate:
         d = v if self.d_last is None else conjugate(v, self.v_last, self.d_last)
         self.v_last, self.d_last = v, d
         return d, length(d, v)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some images of the batch, by their places."""
+        self.v_last, self.d_last = self.v_last[rows], self.d_last[rows]
 
 
 class Secant:
@@ -224,6 +268,10 @@ class Secant:
         self.v, self.d, self.eta = v_end, d, trial
         return move, torch.ones_like(eta)
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with some images of the batch, by their places."""
+        self.v, self.d, self.eta = self.v[rows], self.d[rows], self.eta[rows]
+
     def _within_noise(self, eta: Tensor, d: Tensor) -> Tensor:
         """eta, or less: so that ``eta d`` is no longer than the level's noise."""
         rms = (squares(d) / d[0].numel()).sqrt()
@@ -239,9 +287,15 @@ class _Fixed:
     def __call__(self, x: Tensor, v: Tensor, length: Length, moving: Tensor) -> tuple[Tensor, Tensor]:
         return v, v.new_full((len(v),), self.eta)
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with some images of the batch, by their places: all are alike."""
+
 
 class _Optimised:
-    """The change of x that a torch optimiser makes with the gradient -v."""
+    """The change of x that a torch optimiser makes with the gradient -v.
+
+    What it keeps of an image is its own affair, so no image leaves the batch.
+    """
 
     def __init__(self, factory: OptimizerFactory):
         self.factory, self.x, self.optimizer = factory, None, None

@@ -25,6 +25,7 @@ There are two ways to the minimiser:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from .objective import Prior, PullBack, data_term, decode_pullback
 from .operators import Measurement, column, is_whole
-from .optimize import Descent, Secant, step_length
+from .optimize import Descent, Secant, Underway, step_length
 
 Settle = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [0, 1] -> images nearer to y
 ERROR = 0.5  # of a level's noise, is taken for the error of its clean estimate
@@ -170,21 +171,29 @@ def _through_pixels(inner: Descent, prior: Prior, measurement: Measurement, sett
 
 def _by_decoder(inner: Descent, s, prior, measurement, noise, steps, stop_at, draft, refresh) -> Descent:
     """Conjugate steps in z, from z0_hat, down ``nll(Dec(z)) + |z - z0_hat|^2 / (2 s^2)``."""
-    decoder = prior if draft is None else TwoFidelities(prior, draft, refresh)
-    z, rule = inner.z0_hat, Secant(noise)
-    for _ in range(steps):
-        data = data_term(z, prior=decoder, measurement=measurement)
-        residual = measurement.rms(data.residual)
-        moving = residual > stop_at * measurement.sigma_y
+    batch = Underway(prior if draft is None else TwoFidelities(prior, draft, refresh), measurement)
+    rule, whole, ahead, moving = Secant(noise), inner, inner.z0_hat, None
+    for k in range(steps):
+        at, z = {"prior": batch.prior, "measurement": batch.measurement}, ahead
+        data = data_term(z, **at)
+        residual = batch.measurement.rms(data.residual)
+        awake = residual > stop_at * batch.measurement.sigma_y
+        moving = awake if moving is None else awake & moving  # who rests does so for good, as alone
         drawn = {"residual": residual, "nll": data.nll, "image": data.image, "drawn": z}
         inner = inner._replace(**drawn, steps=inner.steps + moving)
-        if not moving.any():
+        going = moving.nonzero().flatten()
+        if len(going) == 0:
             break
         v = (inner.z0_hat - z) / s**2 - data.gradient
-        at = {"prior": decoder, "measurement": measurement, "noise": s, "jacobian": "free"}
-        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at), moving)
-        z = z + column(eta * moving, d) * d
-    return inner._replace(z0_hat=z)
+        d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at, noise=s, jacobian="free"), moving)
+        ahead = z + column(eta * moving, d) * d
+        left = batch.select(going) if k + 1 < steps else None
+        if left is not None:
+            whole = whole.put(batch.rows, inner._replace(z0_hat=ahead))
+            batch, inner = left, Descent(*(field[going] for field in inner))
+            ahead, moving = ahead[going], moving[going]
+            rule.select(going)
+    return whole.put(batch.rows, inner._replace(z0_hat=ahead))
 
 
 class TwoFidelities:
@@ -201,6 +210,17 @@ class TwoFidelities:
     def __init__(self, prior: Prior, draft: Prior, refresh: int):
         self._full, self._small, self._refresh = prior, draft, refresh
         self._seen, self._c = 0, torch.zeros(())
+
+    @property
+    def select(self) -> Callable[[Tensor, int], TwoFidelities] | None:
+        """The decoders', if both have it."""
+        full, small = (getattr(decoder, "select", None) for decoder in (self._full, self._small))
+        return full and small and (lambda rows, batch: self._of(rows, full(rows, batch), small(rows, batch)))
+
+    def _of(self, rows: Tensor, full: Prior, small: Prior) -> TwoFidelities:
+        part = copy.copy(self)
+        part._full, part._small, part._c = full, small, self._c[rows]
+        return part
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (B, c, h, w) -> image (B, 3, H, W), as of the last gradient's c."""

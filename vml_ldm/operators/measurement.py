@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -20,6 +21,7 @@ from .base import (
     start_of,
     uncast,
 )
+from .rows import Rows
 from .smoothing import roughness_gradient, solve_smooth
 
 _PROBE = 0.05  # rms change of the image over which the operator's directional derivative is taken
@@ -82,6 +84,15 @@ class Measurement:
                 "the operator's result has no gradient in its image; expected a function that torch differentiates. "
                 "Write it with torch, or pass Custom(forward, vjp)."
             )
+
+    def select(self, rows: Tensor) -> Measurement:
+        """Of some images of the batch, by their places (n,), which rise; of all of them it is this one."""
+        if len(rows) == len(self.y):
+            return self
+        part = copy.copy(self)
+        part.operator = Rows(self.operator, rows, len(self.y))
+        part.y, part.sigma_y = self.y[rows], self.sigma_y[rows]
+        return part
 
     def residual(self, image: Tensor) -> Tensor:
         """``y - A(image)``, the shape of y; zero where y tells nothing (a mask's missing pixels).

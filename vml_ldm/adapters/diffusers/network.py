@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +62,10 @@ class NetworkPrior:
         self._guard.checkpoint(plan.checkpointed, *self._networks())
         rerun = "whole" if plan.denoiser_again else ""
         return self._guard.pullback(self._name, self._network, lambda x: self._denoise(x, alpha, sigma), x_t, rerun)
+
+    def select(self, rows: Tensor, batch: int) -> NetworkPrior:
+        """The prior of some images of a batch, see `vml_ldm.objective.Prior`: here the same for all images."""
+        return self
 
     def __enter__(self):
         """Freeze the weights, so that graphs keep what the state's gradient needs and no more."""
@@ -210,14 +215,24 @@ class Draft:
     the prior's."""
 
     def __init__(self, prior: Autoencoded, vae: nn.Module):
-        self._prior, self._plan, self.vae = prior, prior.draft_plan or prior.plan, vae
+        self._plan, self.vae = prior.draft_plan or prior.plan, vae
+        self._serve(prior)
+        prior._guard.freeze(vae)
+
+    def _serve(self, prior: Autoencoded) -> None:
+        self._prior = prior
         self.denoise, self.encode = prior.denoise, prior.encode
         self.guided = getattr(prior, "guided", prior.denoise)
-        prior._guard.freeze(vae)
 
     @property
     def push(self):
         return getattr(self._prior, "push", None)
+
+    def select(self, rows: Tensor, batch: int) -> Draft:
+        """As the prior's."""
+        part = copy.copy(self)
+        part._serve(self._prior.select(rows, batch))
+        return part
 
     @property
     def decode_whole(self) -> Callable[[Tensor], Whole] | None:

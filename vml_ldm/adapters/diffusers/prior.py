@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,13 @@ class GuidedPrior(Autoencoded):
         self.vae, self.condition, self.negative = vae, condition, negative
         self.guidance_scale, self.guidance_rescale = guidance_scale, guidance_rescale
         self.inpainting, self.told = inpainting, {}
+
+    def select(self, rows: Tensor, batch: int) -> GuidedPrior:
+        """The prior of some images of a batch: their rows of all that the network is told, on the same networks."""
+        part = copy.copy(self)
+        for name in ("condition", "negative", "inpainting", "told"):
+            setattr(part, name, _selected(getattr(self, name), rows, batch))
+        return part
 
     def __enter__(self):
         super().__enter__()
@@ -109,6 +117,15 @@ def _joined(name: str, first, second):
     if isinstance(second, dict) and name != "cross_attention_kwargs":
         return joined(first, second)
     return second
+
+
+def _selected(value, rows: Tensor, batch: int):
+    """Of all tensors in a value that have a row for each image of a batch these rows, and all else as it is."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.ndim > 0 and len(value) == batch else value
+    if isinstance(value, dict):
+        return {name: _selected(item, rows, batch) for name, item in value.items()}
+    return [_selected(item, rows, batch) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _repeated(rows: Tensor, batch: int) -> Tensor:
