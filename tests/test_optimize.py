@@ -229,6 +229,7 @@ def test_a_batch_is_what_its_images_are_alone(step):
     [
         {"rule": "adam"},
         {"rule": 0.0},
+        {"rule": True},
         {"rule": float("inf")},
         {"rule": float("nan")},
         {"rule": True},

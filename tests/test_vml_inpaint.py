@@ -541,6 +541,12 @@ def test_a_scheduler_that_is_not_served_is_refused_before_any_work(fresh):
         call(fresh)
 
 
+@pytest.mark.parametrize("steps", [3.5, 0, -1, True, "4"])
+def test_steps_are_a_whole_number(pipe, steps):
+    with pytest.raises(ValueError, match=r"num_inference_steps is .*; expected a whole number >= 1"):
+        call(pipe, num_inference_steps=steps)
+
+
 def test_fast_asks_no_network_for_a_gradient_nor_does_any_preset_that_is_guided(pipe, monkeypatch):
     """Autograd is not called, nor is grad mode on in any network."""
 
