@@ -796,7 +796,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=62)
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
-    parser.add_argument("--words-minutes", type=float, default=95, help="then on, mostly with the images' own prompts")
+    parser.add_argument(
+        "--words-minutes",
+        type=float,
+        default=0,
+        help="then on, mostly with the images' own prompts (default: not at all)",
+    )
     parser.add_argument("--start", type=Path, help="exported checkpoint to go on from, in place of the stages before")
     parser.add_argument("--decoder-minutes", type=float, default=40, help="then train the decoder alone for so long")
     parser.add_argument("--tiny-minutes", type=float, default=30, help="for the small decoder of the gradients")
@@ -817,7 +822,8 @@ def main() -> None:
         models = started(args.start)
     else:
         models = train_diffusion(args, train_vae(args, train, validation), train, validation)
-    train_words(args, models, train, validation)
+    if args.words_minutes:
+        train_words(args, models, train, validation)
     if args.decoder_minutes:
         tune_decoder(args, models["vae"], train, validation)
     if not args.start or args.tiny_minutes:
