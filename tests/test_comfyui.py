@@ -449,6 +449,21 @@ def test_a_picture_painted_all_over_changes_nothing_for_those_beside_it(engine) 
 
 
 @needs_engine
+def test_pictures_that_are_masked_otherwise_are_restored_each_by_itself(engine) -> None:
+    """The first, of which all is seen, starts from the measurement, as alone; beside it one that is half missing."""
+    whole = {"8": call("SolidMask", value=0.0, width=128, height=128)}
+    one = graph("VMLRestore", operator=["10", 0], start="auto", steps=16, seed=2) | whole
+    one["10"] = call("VMLOperatorMask", mask=["8", 0])
+    both = graph("VMLRestore", image=["7", 0], operator=["10", 0], start="auto", steps=16, seed=2) | whole
+    both["6"] = call("VMLLoadExample", picture=OTHER, hole=0.5)
+    both["7"] = call("ImageBatch", image1=["2", 0], image2=["6", 0])
+    both["9"] = call("JoinMasks", first=["8", 0], second=["2", 1])
+    both["10"] = call("VMLOperatorMask", mask=["9", 0])
+    found, alone = (pictures(engine, engine.run(prompt)) for prompt in (both, one))
+    assert len(found) == 2 and furthest(found[:1], alone) <= 1
+
+
+@needs_engine
 def test_flow_models_estimates_are_exact_in_any_scaling(engine) -> None:
     prompt = flow(graph("VMLInpaint"))
     prompt["ask"] = call("FurthestEstimate", model=["flow", 0], vae=["1", 1], positive=["1", 2])

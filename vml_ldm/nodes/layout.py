@@ -6,6 +6,7 @@ What comes in is converted within `ordinary_tensors`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..fitting import Fit, Window
 from ..images import read_numbers, settle_range
 from ..measuring import NEAR
 from ..operators import Compose, Grayscale, Mask, Measurement, Operator, own
+from ..operators.rows import Rows
 
 
 @contextmanager
@@ -120,6 +122,14 @@ class Seen:
         self.operator: Operator = window.see(operator)
         self.y, self.canvas, self._window = without_unknown(operator, y), window.canvas, window
         Measurement(self.operator, self.y, 1.0).check(self.canvas)
+
+    def part(self, rows: list[int]) -> Seen:
+        """Of some images of the batch, by their places, which rise; of all of them it is this one."""
+        if len(rows) == len(self.y):
+            return self
+        part = copy.copy(self)
+        part.y, part.operator = self.y[rows], Rows(self.operator, torch.tensor(rows), len(self.y))
+        return part
 
     def guess(self, y: Tensor, noise_std: Tensor) -> Tensor:
         """(B, 3, height, width) in [0, 1]: a canvas that agrees with y up to its noise (B,), on y's device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -138,12 +139,16 @@ class VMLInpaint(_SolvingNode):
             return solution.image.cpu(), report, latent["samples"]
 
         groups = groups_of(seen.flatten(1).any(1).tolist())  # by whether anything was measured
-        images, reports, latents = zip(*map(solve, groups), strict=True)
-        back = torch.tensor([place for group in groups for place in group]).argsort()
-        painted = fit.take_back(torch.cat(images)[back], pixels, known)
-        report = join_reports(reports, groups)
-        latent = {"samples": torch.cat(latents)[back]}
+        image, report, latent = _by_group(solve, groups)
+        painted = fit.take_back(image, pixels, known)
         return io.NodeOutput(to_image(painted), latent, f"{fit.text()}\n{report.text()}")
+
+
+def _by_group(solve: Callable, groups: list[list[int]]) -> tuple[Tensor, Report, dict]:
+    """What `solve` finds for the places of each group, in the batch's order: images, report and LATENT."""
+    images, reports, latents = zip(*map(solve, groups), strict=True)
+    back = torch.tensor([place for group in groups for place in group]).argsort()
+    return torch.cat(images)[back], join_reports(reports, groups), {"samples": torch.cat(latents)[back]}
 
 
 def _inpainting(canvas: Tensor, seen: Tensor, vae, chosen: Settings, steps: int, **about) -> Task:
@@ -188,18 +193,25 @@ class VMLRestore(_SolvingNode):
         stride = vae.spacial_compression_decode()
         seen = Seen(image, operator, stride)
         colours = seen.colours(stride)
-        start = pick_start(colours) if start == "auto" else start
         networks = Networks(model, vae, positive, negative, cfg, scheduler, sigmas, gradient_vae)
         about = {"guided": cfg != 1.0, "drafts": gradient_vae is not None, "proximal": proximal}
-        chosen = settings(preset, start=start, mostly_open=leaves_most_open(colours), **about)
-        noise, chosen = networks.plan(chosen, steps, start, picks=True)
-        task = Task(
-            posed(seen), len(seen.y), seen.canvas, sigma_y, chosen, preset, start, pixel_step=True,
-            correct_steps=chosen.corrections(steps),
-        )  # fmt: skip
-        solution, report, latent = networks.solve(task, noise, seed)
-        restored = to_image(seen.take_back(solution.image))
-        return io.NodeOutput(restored, latent, f"{seen.text()}\n{report.text()}")
+
+        def decide(colours: Tensor) -> tuple[str, bool]:
+            return (pick_start(colours) if start == "auto" else start), leaves_most_open(colours)
+
+        def solve(rows: list[int]) -> tuple[Tensor, Report, Tensor]:
+            part, (begin, mostly_open) = seen.part(rows), decide(colours[:, rows])
+            chosen = settings(preset, start=begin, mostly_open=mostly_open, **about)
+            noise, chosen = networks.plan(chosen, steps, begin, picks=True)
+            task = Task(
+                posed(part), len(part.y), part.canvas, sigma_y, chosen, preset, begin, pixel_step=True,
+                correct_steps=chosen.corrections(steps),
+            )  # fmt: skip
+            solution, report, latent = networks.solve(task, noise, seed)
+            return solution.image, report, latent["samples"]
+
+        image, report, latent = _by_group(solve, groups_of([decide(own) for own in colours.split(1, dim=1)]))
+        return io.NodeOutput(to_image(seen.take_back(image)), latent, f"{seen.text()}\n{report.text()}")
 
 
 class VMLSampler(io.ComfyNode):
