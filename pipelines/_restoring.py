@@ -27,7 +27,8 @@ from vml_ldm.measuring import (
 )
 from vml_ldm.metering import Metered
 from vml_ldm.objective import Prior
-from vml_ldm.operators import Measurement, own, part_of
+from vml_ldm.operators import Measurement, own
+from vml_ldm.operators.rows import Rows
 from vml_ldm.pipelines._common import (
     check_generators,
     check_numbers,
@@ -100,12 +101,12 @@ class RestoringMixin:
         self, a: SimpleNamespace, observed: Measurement, noise_std: Tensor, groups: list[list[int]]
     ) -> list[SimpleNamespace]:
         """The call for each group of images; none where all are one, or where it cannot be told what is whose."""
-        operators = [part_of(a.operator, rows, len(observed.y)) for rows in groups]
-        if len(groups) == 1 or not can_be_split(a) or None in operators:
+        if len(groups) == 1 or not can_be_split(a):
             return []
+        places = [torch.tensor(rows, device=observed.y.device) for rows in groups]
         return [
-            rows_of(a, rows, y=observed.y[rows], sigma_y=noise_std[rows], operator=operator)
-            for rows, operator in zip(groups, operators, strict=True)
+            rows_of(a, rows, y=observed.y[rows], sigma_y=noise_std[rows], operator=Rows(a.operator, at, len(observed.y)))
+            for rows, at in zip(groups, places, strict=True)
         ]
 
     def _choose(self, a: SimpleNamespace) -> Settings:

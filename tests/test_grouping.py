@@ -6,7 +6,7 @@ import torch
 
 from vml_ldm import VMLInpaintPipeline, VMLRestorePipeline, bundled_model
 from vml_ldm.measuring import groups_of
-from vml_ldm.operators import Blur, Compose, Custom, Downsample, Grayscale, Mask, part_of
+from vml_ldm.operators import Mask
 from vml_ldm.report import Report, join_reports
 
 SIZE = 128
@@ -49,13 +49,16 @@ def test_groups_keep_their_order():
     assert groups_of(["a", "b", "a", "c", "b"]) == [[0, 2], [1, 4], [3]]
 
 
-def test_a_restored_batch_is_what_its_images_are_alone(restore):
+@pytest.mark.parametrize("foreign", [False, True], ids=["Mask", "a function"])
+def test_a_restored_batch_is_what_its_images_are_alone(restore, foreign):
     """Scattered holes start from the measurement and are corrected at the end; a missing half starts from noise."""
     truth, known = pictures(3), masks()
     call = {**CALL, "num_inference_steps": 16}
-    together = restore(["a", "b", "c"], y=known * truth, operator=Mask(known), generator=seeds(0, 1, 2), **call)
+    operator = (lambda image: known * image) if foreign else Mask(known)
+    together = restore(["a", "b", "c"], y=known * truth, operator=operator, generator=seeds(0, 1, 2), **call)
+    only = (lambda own: lambda image: own * image) if foreign else Mask
     alone = [
-        restore(name, y=known[i, None] * truth[i, None], operator=Mask(known[i, None]), generator=seeds(i), **call)
+        restore(name, y=known[i, None] * truth[i, None], operator=only(known[i, None]), generator=seeds(i), **call)
         for i, name in enumerate("abc")
     ]
     assert len({(one.report.levels, one.report.correct_steps) for one in alone}) == 2
@@ -104,17 +107,6 @@ def test_a_stop_in_one_group_ends_those_after_it(restore):
         **{**CALL, "num_inference_steps": 16},
     )  # fmt: skip
     assert steps == [2] and out.report.interrupted and out.images.isfinite().all() and len(out.images) == 3
-
-
-def test_an_operator_s_part_is_the_operator_on_those_images():
-    image, rows = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), [2, 0]
-    kernels = torch.rand(3, 1, 5, 5, generator=torch.Generator().manual_seed(1))
-    kernels = kernels / kernels.sum((2, 3), keepdim=True)
-    known = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(2)).round()
-    for operator in (Mask(known), Blur(kernels), Grayscale(), Downsample(4), Compose(Blur(kernels), Mask(known))):
-        assert torch.allclose(part_of(operator, rows, 3)(image[rows]), operator(image)[rows], atol=1e-6)
-    assert part_of(lambda x: x, rows, 3) is None
-    assert part_of(Compose(Mask(known), Custom(lambda x: x, lambda x, v: v)), rows, 3) is None
 
 
 def test_joined_reports_are_in_the_batch_s_order():

@@ -37,7 +37,6 @@ from .base import (
     length_of_rms,
     normal_of,
     own,
-    part_of,
     squares,
     uncast,
 )
@@ -81,7 +80,6 @@ __all__ = [
     "motion_kernel",
     "normal_of",
     "own",
-    "part_of",
     "solves",
     "squares",
     "uncast",

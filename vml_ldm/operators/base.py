@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ class Operator(ABC):
     """
 
     linear = False
-    foreign = False  # made of somebody's function, which may hold something for each image
 
     def __setattr__(self, name: str, value) -> None:
         """Tensors that an operator holds may meet autograd later, also if it is made in inference mode."""
@@ -237,23 +235,6 @@ def conjugate_gradients(
         size, last = dot(residual, towards), size
         direction = towards + column(size / last.clamp(min=tiny), b) * direction
     return x
-
-
-def part_of(operator: Callable, rows: list[int], batch: int) -> Operator | None:
-    """An operator for some images of a batch, or None where it does not say what of it belongs to which image.
-
-    Operators of this package hold it in tensors of four axes, the batch's first, as `Mask` and `Blur` do.
-    """
-    if isinstance(operator, Compose):
-        parts = [part_of(part, rows, batch) for part in operator.operators]
-        return None if None in parts else Compose(*parts)
-    if not isinstance(operator, Operator) or operator.foreign:
-        return None
-    part = copy.copy(operator)
-    for name, value in vars(operator).items():
-        if isinstance(value, Tensor) and value.ndim == 4 and len(value) == batch > 1:
-            setattr(part, name, value[rows])
-    return part
 
 
 def own(value):

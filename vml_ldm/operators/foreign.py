@@ -27,8 +27,6 @@ class Custom(Operator):
         ValueError: in the backward pass, a result of vjp that is not shaped like the image.
     """
 
-    foreign = True
-
     def __init__(self, forward: Callable[[Tensor], Tensor], vjp: Callable[[Tensor, Tensor], Tensor]):
         for name, function in (("forward", forward), ("vjp", vjp)):
             if not callable(function):
@@ -52,8 +50,6 @@ class LinearCustom(LinearOperator):
         TypeError: an argument that cannot be called; at the call, a result that is no tensor.
         ValueError: in the backward pass, a result of adjoint that is not shaped like the image.
     """
-
-    foreign = True
 
     def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
         for name, function in (("forward", forward), ("adjoint", adjoint)):
@@ -134,8 +130,6 @@ def from_physics(physics: Any, *, linear: bool | None = None) -> Operator:
 
 
 class _Physics(Operator):
-    foreign = True
-
     def __init__(self, physics: Any):
         self.physics = physics
 
@@ -152,8 +146,6 @@ class _Physics(Operator):
 
 
 class _LinearPhysics(LinearOperator):
-    foreign = True
-
     def __init__(self, physics: Any):
         self.physics = physics
 
