@@ -103,9 +103,10 @@ class RestoringMixin:
         """The call for each group of images; none where all are one, or where it cannot be told what is whose."""
         if len(groups) == 1 or not can_be_split(a):
             return []
-        places = [torch.tensor(rows, device=observed.y.device) for rows in groups]
+        y = observed.y
+        places = [torch.tensor(rows, device=y.device) for rows in groups]
         return [
-            rows_of(a, rows, y=observed.y[rows], sigma_y=noise_std[rows], operator=Rows(a.operator, at, len(observed.y)))
+            rows_of(a, rows, y=y[rows], sigma_y=noise_std[rows], operator=Rows(a.operator, at, len(y)))
             for rows, at in zip(groups, places, strict=True)
         ]
 
