@@ -226,7 +226,7 @@ def test_a_picture_is_painted_over_and_one_restored_in_a_browser(address, browse
     browser.goto(address)
     browser.locator(".examples button:visible").first.click()
     browser.wait_for_function("document.querySelector('textarea').value != ''")
-    browser.wait_for_timeout(2000)  # the editor draws the picture
+    browser.wait_for_timeout(8000)  # the editor draws the picture, on a busy machine too
     box = browser.locator("#editor canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     browser.mouse.move(x - 40, y - 30)
