@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--paint", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device; expected one, or --device cpu (with --short, to see that it runs).")
+        raise SystemExit("torch finds no CUDA device; expected one, or --short --device cpu to see that this runs.")
     logging.set_verbosity_error()  # stock XL says at every call that its VAE goes to float32
     logging.disable_progress_bar()
     steps = 10 if a.short else STEPS

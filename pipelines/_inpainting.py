@@ -150,7 +150,8 @@ class InpaintingMixin:
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         about |= {"last_steps": chosen.last_steps, "correct_steps": chosen.corrections(a.num_inference_steps)}
         about |= {"interrupted": self.interrupt}
-        report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
+        about |= {"memory": fitted.as_run(prior.steps).to_dict()}
+        report = tell(solution, measured, noise_std, prior.retries, **about)
         return *self._finish(a, solution, paste, dtype), report
 
     def _parts(self, a: SimpleNamespace, chosen: Settings) -> list[Part] | None:

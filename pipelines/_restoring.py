@@ -91,7 +91,8 @@ class RestoringMixin:
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}
         about |= {"correct_steps": chosen.corrections(a.num_inference_steps), "interrupted": self.interrupt}
-        report = tell(solution, measured, noise_std, prior.retries, **about, memory=fitted.to_dict())
+        about |= {"memory": fitted.as_run(prior.steps).to_dict()}
+        report = tell(solution, measured, noise_std, prior.retries, **about)
         if a.output_type == "latent":
             return solution.latent, None, report
         image = settle(solution.image, measured.measurement, noise_std) if a.pixel_step else solution.image

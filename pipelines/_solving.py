@@ -41,8 +41,10 @@ from vml_ldm.adapters.diffusers import (
     Fitted,
     Footprints,
     GuidedPrior,
+    Plan,
     SchedulerLevels,
     StableDiffusionPrior,
+    StepDown,
     check_count,
     check_scheduler,
     choose,
@@ -84,8 +86,8 @@ class SolvingMixin:
             pipeline, and follows the VAE's device and precision, but is none of `components`, which stay the stock
             pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
-        free_memory: bytes that ``memory="auto"`` counts on; None: what the device has free at each call. Processes that
-            are to make the same plan are given the same.
+        free_memory: bytes that ``memory="auto"`` counts on; None: what a CPU has free at each call, and on a GPU as many
+            as it takes until its memory runs out. Processes that are to make the same plan are given the same.
     """
 
     level: Level | None = None
@@ -318,12 +320,18 @@ class SolvingMixin:
         free = free_bytes(self._execution_device) if self.free_memory is None else self.free_memory
         latents = shape[0] * shape[2] * shape[3]
 
-        def pick(vae: nn.Module, taken: int = 0) -> Chosen:
-            drafting, tile = vae is draft, getattr(vae, "tile_latent_min_size", None)
-            through = {"denoiser": denoiser, "decoder": decoder and (drafting or not draft_last)}
-            ladder = plans(len(image), shape[2:], tile, **through, may_free=a.jacobian is None, small=drafting)
-            return choose(a.memory, ladder, lambda plan: footprints().need(plan, drafting), free, latents, taken)
+        def ladder(vae: nn.Module, small: bool = False, through: bool = decoder) -> list[Plan]:
+            tile = getattr(vae, "tile_latent_min_size", None)
+            kind = {"denoiser": denoiser, "decoder": through, "may_free": a.jacobian is None, "small": small}
+            return list(plans(len(image), shape[2:], tile, **kind))
 
+        def pick(vae: nn.Module, taken: int = 0) -> Chosen:
+            drafting = vae is draft
+            way = ladder(vae, drafting, decoder and (drafting or not draft_last))
+            return choose(a.memory, way, lambda plan: footprints().need(plan, drafting), free, latents, taken)
+
+        if a.memory not in ("fast", "low"):
+            prior.steps = StepDown(ladder(self.vae))
         full = pick(self.vae)
         fitted = Fitted.of(full, None if draft is None else pick(draft, full.predicted or 0))
         prior.plan, prior.draft_plan = fitted.full.plan, fitted.draft and fitted.draft.plan

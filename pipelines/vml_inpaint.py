@@ -106,10 +106,12 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 last level too, so that the VAE itself only draws the answer: much cheaper, and as true to the known
                 pixels as the small decoder is.
             memory: how graphs are kept. "fast": all at once. "low": as little as keeps steps exact; what is larger
-                than the VAE's own tile is drawn in such tiles, as after `vae.enable_tiling()`. "auto": the fastest way
-                that fits the free memory. Or a budget in bytes above the networks' weights, a number or "4GiB": the
-                fastest way whose predicted peak fits it, down to smaller tiles and Jacobian-free steps (if `jacobian`
-                is None), of which the log warns. Levels that draw with `gradient_vae` and those that draw with the VAE
+                than the VAE's own tile is drawn in such tiles, as after `vae.enable_tiling()`. "auto": the fastest
+                way, and, when a GPU's memory runs out, the next one from there on, down to smaller tiles; on a CPU,
+                where a process would be killed, the fastest whose predicted peak fits what is free. Or a budget in
+                bytes above the networks' weights, a number or "4GiB": the fastest way whose predicted peak fits it.
+                What is predicted may come to Jacobian-free steps (if `jacobian` is None). The log says what was
+                chosen, and warns where it changes the picture. Levels that draw with `gradient_vae` and those that draw with the VAE
                 each get a way of their own. `report.memory` says which; see `vml_ldm.adapters.diffusers.memory`, also
                 for what attention slicing and xformers save.
             close_up: where at most half of the picture lies around the hole (32 pixels that are solved for and 32 more

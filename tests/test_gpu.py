@@ -7,8 +7,7 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import nn
 
 from vml_ldm import VMLInpaintPipeline, VMLInpaintXLPipeline, vml_gradient
-from vml_ldm.adapters.diffusers import StableDiffusionPrior, free_bytes
-from vml_ldm.adapters.diffusers.memory import Plan
+from vml_ldm.adapters.diffusers import Plan, StableDiffusionPrior, StepDown, plans
 from vml_ldm.operators import Mask, Measurement
 
 pytestmark = pytest.mark.gpu
@@ -120,9 +119,26 @@ def test_plans_take_ever_less():
     assert found[1] < 0.8 * found[0] and found[2] < 0.8 * found[1], found
 
 
-def test_free_memory_counts_what_is_cached():
-    free = free_bytes(torch.device(DEVICE))
-    assert 0 < free <= torch.cuda.mem_get_info()[1]
+def test_a_solve_steps_down_where_memory_runs_out(caplog):
+    """The process is left half of what the first plan takes above what it holds."""
+    prior = make_prior()
+    exact = gradient(prior, size=48)
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_allocated()
+    gradient(prior, size=48)
+    most = held + (torch.cuda.max_memory_allocated() - held) // 2
+    tight = make_prior()
+    tight.steps = StepDown(plans(2, (48, 48), None, denoiser=True, decoder=True, may_free=False))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.mem_get_info()[1])
+    try:
+        with caplog.at_level("INFO"):
+            found = gradient(tight, size=48)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any("memory ran out" in record.getMessage() for record in caplog.records)
+    assert relative(found, exact) < 1e-4
 
 
 def test_force_upcast_runs_xl_s_float16_vae_in_float32_with_its_gradient():

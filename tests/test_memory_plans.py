@@ -18,6 +18,7 @@ from vml_ldm.adapters.diffusers.memory import (
     Fitted,
     Footprint,
     Plan,
+    StepDown,
     choose,
     free_bytes,
     parse_memory,
@@ -210,7 +211,7 @@ def test_the_ladder_holds_what_makes_a_difference():
 
 @pytest.mark.parametrize(
     ("memory", "free", "place"),
-    [("fast", 1, 0), ("auto", 2000, 0), ("auto", 1200, 1), ("auto", None, 0), ("auto", 10, 6), ("low", None, 5),
+    [("fast", 1, 0), ("auto", 2000, 0), ("auto", 1200, 1), ("auto", 10, 6), ("low", None, 5),
      (1000, None, 0), (999, None, 1), (450, None, 2), (399, 10**9, 5), (299, None, 6), (50, None, 6)],
 )  # fmt: skip
 def test_the_choice_follows_from_the_budget(memory, free, place):
@@ -517,3 +518,97 @@ def test_without_xformers_one_message_and_pytorch_s_attention(pipe):
         pipe.enable_xformers_memory_efficient_attention()
     assert len(told) == 1 and torch.equal(solve(pipe).images, images)
     pipe.disable_xformers_memory_efficient_attention()
+
+
+def runs_out(times, with_graph=True):
+    """A hook after which memory runs out so many times, of passes with a graph or of any."""
+    left = [times]
+
+    def hook(module, *args):
+        if left[0] and (torch.is_grad_enabled() or not with_graph):
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return hook
+
+
+def gradient(prior):
+    with prior:
+        return vml_gradient(randn(2, 4, 8, 8), prior=prior, measurement=measurement(), **LEVEL)[0]
+
+
+WAY = list(plans(2, (8, 8), None, denoiser=True, decoder=True, may_free=True))
+
+
+@pytest.mark.parametrize("network", ["unet", "vae"])
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_pass_that_runs_out_of_memory_is_made_again_by_the_next_plan(network, passes, times, caplog):
+    torch.manual_seed(0)
+    exact = gradient(make_prior())
+    torch.manual_seed(0)
+    prior = make_prior()
+    prior.steps = StepDown(WAY)
+    layer = prior.unet.conv_out if network == "unet" else prior.vae.decoder.conv_out
+    hook = runs_out(times, with_graph=passes == "forward")
+    (layer.register_forward_hook if passes == "forward" else layer.register_full_backward_hook)(hook)
+    with caplog.at_level("INFO"):
+        assert relative(gradient(prior), exact) < 1e-5
+    told = [r.getMessage() for r in caplog.records if "memory ran out" in r.getMessage()]
+    assert prior.steps.plan(Plan()) == WAY[times] and len(told) == times
+    assert told[0] == f"memory ran out with the plan one graph; the solve goes on with {WAY[1]}"
+
+
+def test_a_plan_that_ran_out_of_memory_is_not_tried_again():
+    prior = make_prior()
+    prior.steps, passes = StepDown(WAY), []
+    prior.vae.decoder.conv_in.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    prior.vae.decoder.conv_out.register_forward_hook(runs_out(2))
+    gradient(prior)
+    first = len(passes)
+    gradient(prior)
+    assert len(passes) - first == 1 + first - 3  # the two that failed are not made
+
+
+def test_what_no_plan_can_hold_raises_as_the_device_does():
+    prior = make_prior()
+    prior.steps = StepDown(WAY)
+    prior.vae.decoder.conv_out.register_forward_hook(runs_out(100, with_graph=False))
+    with pytest.raises(torch.OutOfMemoryError):
+        gradient(prior)
+    other = make_prior()
+    other.steps = StepDown(WAY)
+    other.vae.decoder.conv_out.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        gradient(other)
+    assert other.steps.plan(Plan()) == Plan()
+
+
+def test_guidance_goes_one_by_one_where_a_batch_of_both_prompts_is_too_large(pipe, caplog):
+    guided, sizes = {"guidance_scale": 7.5, "inner_steps": None, "preset": "fast"}, []
+    found = solve(pipe, **guided)
+
+    def hook(module, args):
+        sizes.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipe.unet.register_forward_pre_hook(hook)
+    with caplog.at_level("INFO"):
+        again = solve(pipe, **guided)
+    assert sizes[0] == 4 and set(sizes[1:]) == {2}
+    assert relative(again.images, found.images) < 1e-4 and again.report.calls == found.report.calls
+    assert sum("both prompts in one batch" in r.getMessage() for r in caplog.records) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        solve(pipe, **guided, memory="fast")
+
+
+def test_the_report_has_the_plan_that_was_run(pipe):
+    pipe.unet.conv_out.register_forward_hook(runs_out(1))
+    report = solve(pipe, guidance_scale=1.0, proximal=False).report
+    assert report.memory["plan"] == report.memory["draft_plan"] == str(CHECKPOINTED)
+
+
+def test_nothing_is_foretold_where_a_device_says_when_it_runs_out():
+    assert free_bytes(torch.device("cuda")) is None
+    assert choose("auto", LADDER, lambda plan: pytest.fail("foretold"), None) == Chosen(LADDER[0], None, None)

@@ -3,7 +3,7 @@
 from ...objective import NonFiniteError
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
-from .memory import Chosen, Fitted, choose, free_bytes, parse_memory, plans
+from .memory import Chosen, Fitted, Plan, StepDown, choose, free_bytes, parse_memory, plans
 from .network import draws_parts
 from .prior import GuidedPrior, StableDiffusionPrior, StableDiffusionXLPrior
 from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_levels
@@ -19,9 +19,11 @@ __all__ = [
     "LDMPrior",
     "NonFiniteError",
     "PixelPrior",
+    "Plan",
     "SchedulerLevels",
     "StableDiffusionPrior",
     "StableDiffusionXLPrior",
+    "StepDown",
     "check_count",
     "check_flow_scheduler",
     "check_scheduler",

@@ -18,6 +18,9 @@ too, as diffusers' own tiling would. Jacobian-free steps are another direction (
 Levels that draw with a small decoder have a plan of their own: what the VAE's decoder needs is paid for only where it
 draws. A small decoder is never checkpointed.
 
+A GPU says when its memory runs out, and a call that fails so is made again by the next plan (`StepDown`): nothing has
+to be foretold there. A process on a CPU is killed instead; there, and for a budget in bytes, plans are predicted.
+
 What attention takes: PyTorch's fused kernels (SDPA, the default) and xformers' make no matrix of all pairs of pixels,
 neither in a pass nor for its graph, so xformers saves nothing over SDPA. Attention slicing goes back to that matrix, a
 slice at a time: over unfused attention it saves in passes without a graph, over SDPA nothing; a graph keeps every
@@ -26,16 +29,23 @@ slice, so that slicing takes more than SDPA. All three are honoured, and predict
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from ...objective import PullBack
 from ...report import in_units
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 MODES = ("auto", "fast", "low")
 _UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), start=1)}
@@ -111,6 +121,10 @@ class Fitted(NamedTuple):
             full, draft = (c and c._replace(plan=replace(c.plan, free=True)) for c in (full, draft))
         return cls(full, draft)
 
+    def as_run(self, steps: StepDown) -> Fitted:
+        """With the plans that came in place of these when memory ran out."""
+        return Fitted(*(chosen and chosen._replace(plan=steps.plan(chosen.plan)) for chosen in self))
+
     @property
     def is_exact(self) -> bool:
         return all(chosen.plan.is_exact for chosen in filter(None, self))
@@ -127,6 +141,78 @@ class Fitted(NamedTuple):
         if self.draft is None:
             return told
         return {**told, "draft_plan": str(self.draft.plan), "draft_predicted": self.draft.predicted}
+
+
+class StepDown:
+    """Runs calls by a plan, and by the next slower one when memory runs out, from then on.
+
+    Args:
+        ladder: from `plans`. Its Jacobian-free plan is left out, which would change the steps on the way. Empty, or
+            without the plan of a call: what runs out of memory raises.
+    """
+
+    def __init__(self, ladder: Iterable[Plan] = ()):
+        self._next = dict(pairwise(plan for plan in ladder if not plan.free))
+        self._left: set[Plan | str] = set()
+
+    def plan(self, plan: Plan) -> Plan:
+        """What has come in a plan's place."""
+        while plan in self._left:
+            plan = self._next[plan]
+        return plan
+
+    def run(self, plan: Plan, use: Callable[[Plan], T]) -> T:
+        """``use(plan)``, or with a slower plan."""
+        while True:
+            plan = self.plan(plan)
+            try:
+                return use(plan)
+            except RuntimeError as error:
+                if plan not in self._next or not is_out_of_memory(error):
+                    raise
+            self._left.add(plan)  # outside of the handler, whose traceback holds what the call had allocated
+            slower = self.plan(plan)
+            level = logging.INFO if slower.is_exact else logging.WARNING
+            logger.log(level, "memory ran out with the plan %s; the solve goes on with %s", plan, slower)
+            free_cached()
+
+    def pullback(self, plan: Plan, use: Callable[[Plan], tuple[Tensor, PullBack]]) -> tuple[Tensor, PullBack]:
+        """As `run`, of a value and its pull-back; where that runs out of memory both are made again."""
+        value, pull = self.run(plan, use)
+        held = {self.plan(plan): pull}  # by the plan that it was made by; one at most
+
+        def pull_by(plan: Plan, cotangent: Tensor) -> Tensor:
+            if plan not in held:
+                held.clear()
+                held[plan] = use(plan)[1]
+            return held[plan](cotangent)
+
+        return value, lambda cotangent: self.run(plan, partial(pull_by, cotangent=cotangent))
+
+    def either(self, what: str, fast: Callable[[], T], slow: Callable[[], T]) -> T:
+        """``fast()``, or, from then on, ``slow()`` when memory runs out; `what` says in the log what was fast."""
+        if what not in self._left:
+            try:
+                return fast()
+            except RuntimeError as error:
+                if not self._next or not is_out_of_memory(error):
+                    raise
+            self._left.add(what)
+            logger.info("memory ran out with %s; the solve goes on without", what)
+            free_cached()
+        return slow()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, for which not every device has a class of its own."""
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "DefaultCPUAllocator" in told
+
+
+def free_cached() -> None:
+    """Hand what is free, but kept for later tensors, back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parse_memory(memory: str | int) -> str | int:
@@ -213,7 +299,7 @@ def choose(
 
     "fast" takes the first one. "low" takes what needs least with exact steps and the VAE's own tiles or none. "auto"
     takes the first that fits a share of the free memory, or the last if none does; where that is plenty for so many
-    latents, nothing is predicted (a prediction takes seconds, once for each size).
+    latents, or not known, nothing is predicted (a prediction takes seconds, once for each size).
 
     Args:
         memory: from `parse_memory`.
@@ -227,8 +313,10 @@ def choose(
         ValueError: no plan fits a budget in bytes, or what fits cannot be predicted.
     """
     ladder = list(ladder)
-    if memory == "fast" or (memory == "auto" and free is None):
+    if memory == "fast":
         return Chosen(ladder[0], need(ladder[0]), None)
+    if memory == "auto" and free is None:
+        return Chosen(ladder[0], None, None)
     if memory == "low":
         return _least([plan for plan in ladder if not plan.free and plan.tiles in (None, 1)], need, taken)
     budget = int(_SHARE * free) if memory == "auto" else memory
@@ -274,10 +362,7 @@ def _unpredicted(memory: str | int, plan: Plan) -> Chosen:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated on a device, or None where it does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+    """What a process on a CPU can still allocate; None where it is not known, or a device says when it runs out."""
     info = Path("/proc/meminfo")
     if device.type != "cpu" or not info.exists():
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...holding import Holding, Window, is_local
 from ...objective import PullBack, Whole
-from .memory import Plan
+from .memory import Plan, StepDown
 from .pieces import by_image, in_tiles, run_again, with_decoder
 from .precision import Guard
 
@@ -37,6 +37,7 @@ class NetworkPrior:
     Attributes:
         plan: how graphs are kept; to be set before `with`.
         draft_plan: how they are kept where a `Draft` draws; None: as elsewhere.
+        steps: what takes a plan's place when memory runs out.
     """
 
     plan = Plan()
@@ -44,6 +45,7 @@ class NetworkPrior:
 
     def __init__(self, network: nn.Module, name: str):
         self._network, self._name, self._guard = network, name, Guard()
+        self.steps = StepDown()
 
     @property
     def retries(self) -> Counter:
@@ -56,7 +58,7 @@ class NetworkPrior:
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``."""
-        return self._denoise_pullback(self.plan, x_t, alpha, sigma)
+        return self.steps.pullback(self.plan, lambda plan: self._denoise_pullback(plan, x_t, alpha, sigma))
 
     def _denoise_pullback(self, plan: Plan, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         self._guard.checkpoint(plan.checkpointed, *self._networks())
@@ -88,7 +90,8 @@ class Autoencoded:
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [0, 1] -> the mean latent, scaled and shifted as the denoiser expects it, float32."""
-        return self._guard.run("the VAE encoder", self.vae, lambda: self._encode(image, drawn(self.vae, self.plan)))
+        encode = lambda plan: lambda: self._encode(image, drawn(self.vae, plan))  # noqa: E731
+        return self.steps.run(self.plan, lambda plan: self._guard.run("the VAE encoder", self.vae, encode(plan)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image (B, 3, H, W) float32, about [0, 1] and not clamped."""
@@ -118,10 +121,16 @@ class Autoencoded:
         return None if is_local(vae.decoder, _attends) else lambda z: _Parts(self, plan, name, vae, z).told()
 
     def _draw(self, plan: Plan, name: str, vae: nn.Module, z: Tensor, change: Change = same) -> Tensor:
-        return self._guard.run(name, vae, lambda: self._decode(z, change(drawn(vae, plan))))
+        decode = lambda plan: lambda: self._decode(z, change(drawn(vae, plan)))  # noqa: E731
+        return self.steps.run(plan, lambda plan: self._guard.run(name, vae, decode(plan)))
 
     def _draw_pullback(
         self, plan: Plan, name: str, vae: nn.Module, z: Tensor, change: Change = same
+    ) -> tuple[Tensor, PullBack]:
+        return self.steps.pullback(plan, lambda plan: self._draw_pullback_by(plan, name, vae, z, change))
+
+    def _draw_pullback_by(
+        self, plan: Plan, name: str, vae: nn.Module, z: Tensor, change: Change
     ) -> tuple[Tensor, PullBack]:
         self._guard.checkpoint(plan.checkpointed, *self._networks())
         rerun, twin = "", change(drawn(vae, plan))
@@ -241,7 +250,8 @@ class Draft:
 
     def denoise_pullback(self, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:
         """z0_hat and ``b -> J^T b``, the prior's."""
-        return self._prior._denoise_pullback(self._plan, x_t, alpha, sigma)
+        prior = self._prior
+        return prior.steps.pullback(self._plan, lambda plan: prior._denoise_pullback(plan, x_t, alpha, sigma))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent -> image, as the prior's."""

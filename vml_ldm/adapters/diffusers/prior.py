@@ -66,13 +66,22 @@ class GuidedPrior(Autoencoded):
         return None if self.negative is None or self.guidance_scale <= 1 else self._push
 
     def guided(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        """``D_w(x_t)``, (B, c, h, w) float32, the prompt and the negative prompt in one batch; `denoise` if no w."""
+        """``D_w(x_t)``, (B, c, h, w) float32; `denoise` if no w. The prompt and the negative prompt go in one batch,
+        where memory allows."""
         if self.push is None:
             return self.denoise(x_t, alpha, sigma)
-        both = joined(self.negative, self.condition)
-        run = lambda: self._denoise(torch.cat([x_t, x_t]), alpha, sigma, both)  # noqa: E731
-        negative, conditional = self._guard.run(self._name, self._network, run).chunk(2)
-        return self._mixed(x_t, conditional, negative, alpha)
+
+        def at_once() -> Tensor:
+            both = joined(self.negative, self.condition)
+            run = lambda: self._denoise(torch.cat([x_t, x_t]), alpha, sigma, both)  # noqa: E731
+            negative, conditional = self._guard.run(self._name, self._network, run).chunk(2)
+            return self._mixed(x_t, conditional, negative, alpha)
+
+        def one_by_one() -> Tensor:
+            z0_hat = self.denoise(x_t, alpha, sigma)
+            return z0_hat + self._push(x_t, z0_hat, alpha, sigma)
+
+        return self.steps.either("both prompts in one batch", at_once, one_by_one)
 
     def _push(self, x_t: Tensor, z0_hat: Tensor, alpha: float, sigma: float) -> Tensor:
         """``D_w(x_t) - z0_hat``, of the conditional estimate z0_hat at x_t: a pass with the negative prompt."""
