@@ -145,7 +145,8 @@ class InpaintingMixin:
                 else lambda image: put_in(image, a.frame.pixels, a.frame.known, noise_std)
             )
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
-            latent, trace = self._follow(a, solving, len(levels), levels.timesteps, tensors, metered, measured.latent)
+            passes = self._passes(levels, chosen)
+            latent, trace = self._follow(a, solving, passes, levels.timesteps, tensors, metered, measured.latent)
             solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         about |= {"last_steps": chosen.last_steps, "correct_steps": chosen.corrections(a.num_inference_steps)}

@@ -84,9 +84,8 @@ class RestoringMixin:
                 solution = _run(a, self._start(a, levels, measured.latent), prior, measured.measurement, levels)
             else:
                 solving = self._begin(a, measured, noise_std, levels, chosen, metered)
-                latent, trace = self._follow(
-                    a, solving, self.num_timesteps, levels.timesteps, tensors, metered, measured.latent
-                )
+                passes = self._passes(levels, chosen) if a.solver == "vml" else [1] * self.num_timesteps
+                latent, trace = self._follow(a, solving, passes, levels.timesteps, tensors, metered, measured.latent)
                 solution = conclude(latent, trace, metered, measured.measurement, started)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}

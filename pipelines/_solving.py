@@ -56,13 +56,13 @@ from vml_ldm.adapters.diffusers import (
 )
 from vml_ldm.closeup import Part, drawn_size, whole
 from vml_ldm.images import to_pil
-from vml_ldm.metering import Metered, Stopped
+from vml_ldm.metering import Metered, Passes, Stopped
 from vml_ldm.objective import Prior
 from vml_ldm.operators import Measurement, is_linear
 from vml_ldm.presets import THROUGHOUT, Settings
 from vml_ldm.proximal import Settle
 from vml_ldm.report import Report, memory_text
-from vml_ldm.solve import Level, Levels, noise_like, record, vml_levels
+from vml_ldm.solve import Level, Levels, noise_like, passes_of, record, vml_levels
 
 logger = logging.getLogger(__name__)
 GRADIENT_VAE = "gradient_vae"
@@ -86,8 +86,8 @@ class SolvingMixin:
             pipeline, and follows the VAE's device and precision, but is none of `components`, which stay the stock
             pipeline's.
         level: the `Level` that has just ended, for callbacks; None outside a solve.
-        free_memory: bytes that ``memory="auto"`` counts on; None: what a CPU has free at each call, and on a GPU as many
-            as it takes until its memory runs out. Processes that are to make the same plan are given the same.
+        free_memory: bytes that ``memory="auto"`` counts on; None: what a CPU has free at each call, and on a GPU all
+            that it has. Processes that are to make the same plan are given the same.
     """
 
     level: Level | None = None
@@ -377,6 +377,12 @@ class SolvingMixin:
             proximal=chosen.proximal,
         )
 
+    def _passes(self, levels: Levels, chosen: Settings) -> list[int]:
+        """Of the denoiser, at each level at the most."""
+        return passes_of(
+            levels, chosen.inner_steps, chosen.last_steps, self.do_classifier_free_guidance, chosen.proximal
+        )
+
     def _draft(self, prior: GuidedPrior) -> Prior:
         """The prior with the small decoder, which is moved to where the VAE is."""
         return prior.draft(nn.Module.to(self.gradient_vae, self._execution_device, self.vae.dtype))
@@ -385,34 +391,36 @@ class SolvingMixin:
         self,
         a: SimpleNamespace,
         solving: Iterator[Level],
-        count: int,
+        passes: list[int],
         timesteps: Tensor,
         tensors: dict,
         prior: Metered,
         first: Tensor,
     ) -> tuple[Tensor, list[dict]]:
-        """The solver's last latent and its trace, with a progress bar, callbacks and interruption.
+        """The solver's last latent and its trace, with a progress bar of passes, callbacks and interruption.
 
         An interrupted solve ends before its next network call. It gives the clean estimate of the last level that
         ended, the latents as a callback changed them, or, where none ended, `first`.
 
         Args:
             solving: the levels as they end.
-            count: how many there are.
+            passes: of the denoiser, of each level at the most.
             tensors: what callbacks may read and change beside the latents.
             prior: whose calls the solver makes.
             first: (B, c, h, w), the measurement's latent.
         """
-        trace, level, made = [], None, None
+        trace, level, own = [], None, None
         prior.stopped = lambda: self.interrupt
         try:
-            with self.progress_bar(total=count) as bar:
+            with self.progress_bar(total=sum(passes)) as bar:
+                made = Passes(bar, passes)
+                prior.told = made.called
                 for step, level in enumerate(solving):
-                    self.level, t, made = level, timesteps[level.index], level.x_next.clone()
+                    self.level, t, own = level, timesteps[level.index], level.x_next.clone()
                     trace.append(record(level))
                     if a.callback_on_step_end is not None:
                         self._call_back(a, step, t, level, tensors, prior.prior)
-                    bar.update()
+                    made.ended()
                     if a.callback is not None and step % (a.callback_steps or 1) == 0:
                         a.callback(step, t, level.x_next)
                     if self.interrupt:
@@ -421,9 +429,9 @@ class SolvingMixin:
         except Stopped:
             if level is None:
                 return first, trace
-            return (level.z0_hat if torch.equal(level.x_next, made) else level.x_next), trace
+            return (level.z0_hat if torch.equal(level.x_next, own) else level.x_next), trace
         finally:
-            self.level = prior.stopped = None
+            self.level = prior.stopped = prior.told = None
 
     def _call_back(self, a: SimpleNamespace, step: int, t: Tensor, level: Level, tensors: dict, prior) -> None:
         """Hand the tensors that were asked for to the user's callback, and take back what it changed."""

@@ -79,10 +79,11 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
           residual weighs (1 - p)^2, and the paste mixes ``(1 - p) original + p result``. Stock binarises.
         - `image` and `mask_image` may be one, or one for each prompt; one prompt serves several images.
         - `num_inference_steps` are the scheduler's levels, of which the preset solves some: of 50, "fast" eight,
-          "balanced" twelve (eight where nothing is guided), "best" sixteen, and four at least. `num_timesteps`, the
-          progress bar and callbacks count those. Explicit `timesteps` or `sigmas` are the levels themselves. Without
-          proximal levels the steps are a budget of denoiser evaluations: a level of K inner steps takes K + 1, and
-          unless `inner_steps` is given, the last one 2 K steps and a short budget a lower K.
+          "balanced" twelve (eight where nothing is guided), "best" sixteen, and four at least. `num_timesteps` and
+          callbacks count those, the progress bar the denoiser's passes, one for both prompts together. Explicit
+          `timesteps` or `sigmas` are the levels themselves. Without proximal levels the steps are a budget of denoiser
+          evaluations: a level of K inner steps takes K + 1, and unless `inner_steps` is given, the last one 2 K steps
+          and a short budget a lower K.
         - `guidance_scale` means what it means in stock, at every value: the prior is guided, and the solver seeks its
           mode under the known pixels (see `vml_ldm.guidance`). Guided levels take no steps through the denoiser.
         - Where a callback changes `mask`, its blocks of pixels are measured and pasted, or painted, from there on.
@@ -111,9 +112,9 @@ class VMLInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusionInpaintPi
                 where a process would be killed, the fastest whose predicted peak fits what is free. Or a budget in
                 bytes above the networks' weights, a number or "4GiB": the fastest way whose predicted peak fits it.
                 What is predicted may come to Jacobian-free steps (if `jacobian` is None). The log says what was
-                chosen, and warns where it changes the picture. Levels that draw with `gradient_vae` and those that draw with the VAE
-                each get a way of their own. `report.memory` says which; see `vml_ldm.adapters.diffusers.memory`, also
-                for what attention slicing and xformers save.
+                chosen, and warns where it changes the picture. Levels that draw with `gradient_vae` and those that draw
+                with the VAE each get a way of their own. `report.memory` says which; see
+                `vml_ldm.adapters.diffusers.memory`, also for what attention slicing and xformers save.
             close_up: where at most half of the picture lies around the hole (32 pixels that are solved for and 32 more
                 that are drawn with them, at a stride of 8), draw that part alone at each step, and take the latent
                 elsewhere from the encoder (see `vml_ldm.closeup`): the decoder costs as much less. Elsewhere the

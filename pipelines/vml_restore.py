@@ -77,8 +77,8 @@ class VMLRestorePipeline(RestoringMixin, SolvingMixin, StableDiffusionPipeline):
           about as much. VML makes K inner steps and one estimate for the next state at each level, and corrects the
           last estimate: there are ``(budget - corrections) // (K + 1)`` levels, and unless `inner_steps` is given, a
           short budget lowers K before it goes below four of them. RED-diff makes one evaluation at each level.
-          `num_timesteps`, the progress bar and callbacks count levels. Explicit `timesteps` or `sigmas` are the levels
-          and share the budget: K is lowered to what it pays, but not below 1.
+          `num_timesteps` and callbacks count levels, the progress bar the denoiser's passes. Explicit `timesteps` or
+          `sigmas` are the levels and share the budget: K is lowered to what it pays, but not below 1.
         - `guidance_scale` is 1, none: y says the rest. A larger one means what it means in stock: the prior is guided,
           and the solver seeks its mode under y. RED-diff takes none.
         - `latents` is the noise of the start; for RED-diff with start="noise", the start.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,6 +58,33 @@ class Clock:
         return self._seconds
 
 
+class Passes:
+    """A bar of the denoiser's passes. A level that ends with fewer than it might have taken is whole all the same.
+
+    Args:
+        bar: with ``update(count)``, as tqdm has it.
+        by_level: how many passes each level takes at the most.
+    """
+
+    def __init__(self, bar, by_level: Sequence[int]):
+        self._bar, self._ends, self._made = bar, accumulate(by_level), 0
+        self._end = next(self._ends)
+
+    def called(self, name: str) -> None:
+        """A network call has ended."""
+        if name == "denoise" and self._made < self._end:
+            self._advance(1)
+
+    def ended(self) -> None:
+        """A level has ended."""
+        self._advance(self._end - self._made)
+        self._end = next(self._ends, self._end)
+
+    def _advance(self, count: int) -> None:
+        self._made += count
+        self._bar.update(count)
+
+
 class Metered:
     """A prior that counts its network calls, times them, and can be stopped. Pull-backs count as "..._vjp".
 
@@ -68,11 +96,13 @@ class Metered:
     Attributes:
         calls: how often each was called.
         stopped: asked before every call; True ends it with `Stopped`. None: never.
+        told: told the name of every call that has ended. None: nobody.
     """
 
     def __init__(self, prior: Prior, decoder: str = "decode", clock: Clock | None = None):
         self.prior, self.decoder, self.calls, self._clock = prior, decoder, Counter(), clock or Clock()
         self.stopped: Callable[[], bool] | None = None
+        self.told: Callable[[str], None] | None = None
         self.pixel_scale = getattr(prior, "pixel_scale", None)
 
     @property
@@ -99,6 +129,7 @@ class Metered:
     def _counting(self, prior: Prior, decoder: str) -> Metered:
         other = Metered(prior, decoder, clock=self._clock)
         other.calls, other.stopped = self.calls, lambda: self.stopped is not None and self.stopped()
+        other.told = lambda name: self.told is not None and self.told(name)
         return other
 
     def denoise(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -147,4 +178,6 @@ class Metered:
         with self._clock.running(name, next(x.device for x in args if isinstance(x, Tensor))):
             result = function(*args)
         self.calls[name] += 1
+        if self.told is not None:
+            self.told(name)
         return result

@@ -325,6 +325,16 @@ def _end(inner, prior, alpha, sigma, last, *, full, draft, measurement, stop_at,
     return inner
 
 
+def passes_of(
+    schedule: Schedule, inner_steps: int, last_steps: int, guided: bool, proximal: Proximal | None = None
+) -> list[int]:
+    """How many passes of the denoiser each level takes at the most, for a progress bar: one of both prompts at once for
+    a level without inner steps; one for each step, one for guidance's push and one for the estimate at the others."""
+    steps = [inner_steps] * (len(schedule) - 1) + [last_steps]
+    alone = [proximal is not None and proximal.is_alone(*schedule.scales(i)) for i in range(len(schedule))]
+    return [1 if by_itself or k == 0 else k + 1 + guided for by_itself, k in zip(alone, steps, strict=True)]
+
+
 def levels_above(noise: float, schedule: Schedule) -> int:
     """How many levels have ``sigma / alpha >= noise``; raise ValueError if none has."""
     scales = [schedule.scales(i) for i in range(len(schedule))]
