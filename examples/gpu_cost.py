@@ -2,12 +2,13 @@
 
     python examples/gpu_cost.py --rows docs/cost/gpu.jsonl       # within 15 minutes on a large GPU; what it has stays
     python examples/gpu_cost.py --short --device cpu             # narrow networks at 64 pixels, to see that it runs
+    python examples/gpu_cost.py --stop --device cpu              # how soon a Stop acts at 512 pixels, and nothing else
 
 The networks have the configurations of Stable Diffusion 1.5 and XL and random weights: neither time nor memory depends
 on values. Each row is the second of two equal calls, 50 steps at guidance 7.5 with the prompt's embeddings given; "no
 small decoder" is without a `gradient_vae`, the other rows have one with TAESD's configuration. Peaks are of tensors,
-weights among them. Then, with the bundled checkpoint: half precision beside float32; two processes on one GPU beside
-one; and ``pytest -m gpu``. Nothing is downloaded.
+weights among them. Then, with the bundled checkpoint: half precision beside float32; a compiled UNet beside one that
+is not; two processes on one GPU beside one; and ``pytest -m gpu``. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -204,13 +205,18 @@ def tell(row: dict, stock: dict) -> str:
     return f"{name}{row['seconds']:9.2f}{ratio}{row['peak'] / 2**30:9.2f}{peak}"
 
 
-def solve_bundled(precision: str, device: str, steps: int) -> tuple[torch.Tensor, float]:
-    """The picture that the bundled checkpoint paints into a box of a validation picture, and its PSNR there."""
+def load_bundled(precision: str, device: str) -> VMLInpaintPipeline:
+    """The bundled checkpoint with UNet and VAE in a precision."""
     pipe = VMLInpaintPipeline.from_pretrained(bundled_model())
     pipe.set_progress_bar_config(disable=True)
     for network in (pipe.unet, pipe.vae):
         nn.Module.to(network, device, getattr(torch, precision))
     pipe.text_encoder.to(device)
+    return pipe
+
+
+def paint(pipe: VMLInpaintPipeline, steps: int) -> tuple[torch.Tensor, float]:
+    """What a pipeline of the bundled checkpoint paints into a box of a validation picture, and its PSNR there."""
     path, prompt = example_images("validation")[0]
     image, known = from_pil(load_image(path).resize((128, 128))), box_mask(128, 128).reshape(1, 1, 128, 128)
     call = {"guidance_scale": GUIDANCE, "num_inference_steps": steps, "output_type": "pt"}
@@ -220,13 +226,32 @@ def solve_bundled(precision: str, device: str, steps: int) -> tuple[torch.Tensor
 
 def check_precisions(device: str, steps: int) -> torch.Tensor:
     """float32's picture; prints how far those of half precision are from it."""
-    exact, quality = solve_bundled("float32", device, steps)
+    exact, quality = paint(load_bundled("float32", device), steps)
     print(f"\nbundled checkpoint, a box of one picture: float32 {quality:.2f} dB to the truth")
     for precision in ("float16", "bfloat16") if device == "cuda" else ("bfloat16",):
-        found, quality = solve_bundled(precision, device, steps)
+        found, quality = paint(load_bundled(precision, device), steps)
         near = psnr(found, exact).item()
         print(f"  {precision:9} {quality:.2f} dB to the truth, {near:.1f} dB to float32's picture")
     return exact
+
+
+def check_compiled(device: str, steps: int, exact: torch.Tensor) -> None:
+    """The UNet's transformer blocks compiled: the same picture, and the seconds beside those without."""
+    pipe, seconds = load_bundled("float32", device), {}
+    for name in ("plain", "compiled"):
+        if name == "compiled":
+            pipe.unet.compile_repeated_blocks(fullgraph=True)
+        for run in ("first", "second"):
+            wait(device)
+            started = time.perf_counter()
+            found, _ = paint(pipe, steps)
+            seconds[name, run] = time.perf_counter() - started
+    apart = (found - exact).abs().max().item()
+    ratio = seconds["compiled", "second"] / seconds["plain", "second"]
+    print(
+        f"compiled: {apart * 255:.2f} / 255 from the picture without, {ratio:.2f} x its seconds, "
+        f"after {seconds['compiled', 'first']:.0f} s to compile"
+    )
 
 
 def check_two_processes(options: list[str], device: str, steps: int, exact: torch.Tensor) -> None:
@@ -241,11 +266,38 @@ def check_two_processes(options: list[str], device: str, steps: int, exact: torc
     print(f"two processes at once: {time.perf_counter() - started:.1f} s, means of their pictures within {apart:.1e}")
 
 
+def tell_stop(short: bool, device: str) -> None:
+    """Stop during a pass of the UNet in the last level, one with an inner step, and say what was still done."""
+    pixels, precision = 64 if short else 512, torch.float32 if device == "cpu" else torch.float16
+    networks = components("sd15", pixels, short, precision, device)
+    pipe, calls = pipeline("sd15", ALONE, networks), []
+
+    def begin(name: str, network: nn.Module) -> None:
+        wait(device)
+        calls.append((name, time.perf_counter()))
+        if name == "UNet" and pipe.level is not None and pipe.level.index == pipe.num_timesteps - 2:
+            pipe._interrupt = True
+
+    for name, network in (("UNet", networks["unet"]), ("decoder", networks["vae"].decoder)):
+        network.register_forward_pre_hook(lambda network, given, name=name: begin(name, network))
+    call = asked("sd15", ALONE, pixels, networks["unet"], 4) | {"guidance_scale": 1.0, "return_report": True}
+    report = pipe(**call, inner_steps=1, proximal=False).report
+    ended = time.perf_counter()
+    at = max(place for place, (name, _) in enumerate(calls) if name == "UNet")
+    after = [name for name, _ in calls[at + 1 :]]
+    print(f"levels: {len(report.trace)} of {report.levels} ended; stopped early: {report.interrupted}")
+    print(f"network calls after the one that the Stop came in: {', '.join(after) or 'none'}")
+    print(f"seconds of that call and what came after: {ended - calls[at][1]:.2f}")
+    means = {name: report.seconds[name] / report.calls[name] for name in ("denoise", "denoise_vjp", "decode")}
+    print("seconds of a call in the mean: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in means.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="narrow networks at 64 pixels, 10 steps")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rows", type=Path, help="a file of rows: what it has is not measured again")
+    parser.add_argument("--stop", action="store_true", help="only how soon a Stop acts")
     parser.add_argument("--paint", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():
@@ -254,7 +306,10 @@ def main() -> None:
     logging.disable_progress_bar()
     steps = 10 if a.short else STEPS
     if a.paint:
-        print(solve_bundled("float32", a.device, steps)[0].mean().item())
+        print(paint(load_bundled("float32", a.device), steps)[0].mean().item())
+        return
+    if a.stop:
+        tell_stop(a.short, a.device)
         return
     known = [json.loads(line) for line in a.rows.read_text().splitlines()] if a.rows and a.rows.exists() else []
     unit = "" if a.device == "cpu" else f"{'peak, GiB':>9}{'x stock':>9}"
@@ -267,6 +322,7 @@ def main() -> None:
             with a.rows.open("a") as file:
                 print(json.dumps(row), file=file)
     exact = check_precisions(a.device, steps)
+    check_compiled(a.device, steps, exact)
     check_two_processes(["--device", a.device, *["--short"] * a.short], a.device, steps, exact)
     if a.device == "cuda":
         tests = Path(__file__).parents[1] / "tests"

@@ -146,8 +146,8 @@ class InpaintingMixin:
             )
             solving = self._vml(a, x_T, metered, measured.measurement, levels, chosen, measured.view, end)
             passes = self._passes(levels, chosen)
-            latent, trace = self._follow(a, solving, passes, levels.timesteps, tensors, metered, measured.latent)
-            solution = conclude(latent, trace, metered, measured.measurement, started)
+            latent, trace, image = self._follow(a, solving, passes, levels.timesteps, tensors, metered, measured.latent)
+            solution = conclude(latent, trace, metered, measured.measurement, started, image=image)
         about = {"levels": len(levels), "inner_steps": inner_steps, "jacobian": chosen.jacobian, "preset": preset}
         about |= {"last_steps": chosen.last_steps, "correct_steps": chosen.corrections(a.num_inference_steps)}
         about |= {"interrupted": self.interrupt}

@@ -85,8 +85,9 @@ class RestoringMixin:
             else:
                 solving = self._begin(a, measured, noise_std, levels, chosen, metered)
                 passes = self._passes(levels, chosen) if a.solver == "vml" else [1] * self.num_timesteps
-                latent, trace = self._follow(a, solving, passes, levels.timesteps, tensors, metered, measured.latent)
-                solution = conclude(latent, trace, metered, measured.measurement, started)
+                way = (solving, passes, levels.timesteps, tensors)
+                latent, trace, image = self._follow(a, *way, metered, measured.latent)
+                solution = conclude(latent, trace, metered, measured.measurement, started, image=image)
         about = {"inner_steps": chosen.inner_steps, "jacobian": chosen.jacobian, "preset": a.preset}
         about |= {"levels": self.num_timesteps, "solver": _name(a.solver), "last_steps": chosen.last_steps}
         about |= {"correct_steps": chosen.corrections(a.num_inference_steps), "interrupted": self.interrupt}

@@ -396,11 +396,12 @@ class SolvingMixin:
         tensors: dict,
         prior: Metered,
         first: Tensor,
-    ) -> tuple[Tensor, list[dict]]:
+    ) -> tuple[Tensor, list[dict], Tensor | None]:
         """The solver's last latent and its trace, with a progress bar of passes, callbacks and interruption.
 
         An interrupted solve ends before its next network call. It gives the clean estimate of the last level that
-        ended, the latents as a callback changed them, or, where none ended, `first`.
+        ended, or the latents as a callback changed them, or, where none ended, `first`. One that was interrupted within
+        a level, not by a callback, gives the image that the last level drew, so that nothing has to be drawn any more.
 
         Args:
             solving: the levels as they end.
@@ -424,12 +425,13 @@ class SolvingMixin:
                     if a.callback is not None and step % (a.callback_steps or 1) == 0:
                         a.callback(step, t, level.x_next)
                     if self.interrupt:
-                        raise Stopped
-            return level.x_next, trace
+                        return (level.z0_hat if torch.equal(level.x_next, own) else level.x_next), trace, None
+            return level.x_next, trace, None
         except Stopped:
             if level is None:
-                return first, trace
-            return (level.z0_hat if torch.equal(level.x_next, own) else level.x_next), trace
+                return first, trace, None
+            changed = not torch.equal(level.x_next, own)
+            return (level.x_next, trace, None) if changed else (level.z0_hat, trace, level.image)
         finally:
             self.level = prior.stopped = prior.told = None
 

@@ -42,6 +42,12 @@ def test_the_short_form_runs_on_a_cpu(cost, monkeypatch, capsys, tmp_path):
     assert again[: len(told) - 4] == told[:-4]
 
 
+def test_a_stop_in_the_last_level_leaves_nothing_to_do(cost, monkeypatch, capsys):
+    told = run(cost, monkeypatch, capsys, "--short", "--stop", "--device", "cpu")
+    assert told[0] == "levels: 1 of 2 ended; stopped early: True"
+    assert told[1] == "network calls after the one that the Stop came in: none"
+
+
 def test_a_row_without_enough_memory_says_so(cost):
     row = {"family": "sdxl", "pixels": 1024, "precision": "float16", "method": "best", "seconds": None, "peak": None}
     stock = row | {"method": "stock", "seconds": 2.0, "peak": 2**33}

@@ -248,10 +248,16 @@ def vml_map(
 
 @torch.no_grad()
 def conclude(
-    latent: Tensor, trace: list[dict], prior: Metered, measurement: Measurement, started: float, solver: str = "vml"
+    latent: Tensor,
+    trace: list[dict],
+    prior: Metered,
+    measurement: Measurement,
+    started: float,
+    solver: str = "vml",
+    image: Tensor | None = None,
 ) -> Solution:
-    """Decode the last clean estimate and measure what it leaves of y."""
-    image = prior.decode(latent)
+    """Decode the last clean estimate, unless its image is there, and measure what that leaves of y."""
+    image = prior.decode(latent) if image is None else image
     residual = measurement.rms(measurement.residual(image))
     seconds = prior.seconds  # of a GPU when it is done
     seconds["total"] = time.perf_counter() - started
