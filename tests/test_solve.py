@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from gaussian import Linear, random_problem
+from torch.overrides import TorchFunctionMode
 
 from vml_ldm.operators import Measurement
 from vml_ldm.optimize import InnerStep
 from vml_ldm.proximal import Proximal
 from vml_ldm.red import red_diff_levels
-from vml_ldm.solve import Levels, noise_like, start_from, vml_levels, vml_map
+from vml_ldm.solve import Levels, noise_like, record, start_from, vml_levels, vml_map
 
 SCALES = [(1.0, 2.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.1)]
 
@@ -254,3 +255,45 @@ def test_a_trace_is_json_also_where_a_level_draws_nothing():
         again = json.loads(json.dumps(found.trace, allow_nan=False))
         assert again == found.trace and again[0]["residual"] == [None]
         assert (again[1]["residual"] == [None]) == (steps == 0)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes a program wait for a device: values that come to Python."""
+
+    KINDS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in self.KINDS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "steps, proximal, a_level",
+    [
+        (0, None, 0),  # levels alone: the next state is asked for before this one is known
+        (0, Proximal(), 0),
+        (1, None, 1),  # who is at rest
+        (1, Proximal(alone_below=0.0), 1),
+        (3, None, 5),  # and from the second step on, whether its length has to be drawn
+    ],
+)
+def test_levels_wait_for_a_device_as_seldom_as_their_steps_need(steps, proximal, a_level):
+    prior, h, y = random_problem()
+    reads = Reads()
+    levels = vml_levels(
+        start(), prior=prior, measurement=Measurement(Linear(h), y, 0.1), schedule=Levels(SCALES), inner_steps=steps,
+        stop_at=0, proximal=proximal, settle=lambda image: image,
+    )  # fmt: skip
+    with reads:
+        solved = list(levels)
+    assert reads.count <= a_level * len(SCALES)
+    before, trace = reads.count, []
+    with reads:
+        trace += [record(level) for level in solved]
+    assert reads.count - before == len(SCALES)
+    assert [level["steps"] for level in trace] == [level.steps.tolist() for level in solved]
+    assert [level["residual"] for level in trace][-1] in ([None], solved[-1].residual.tolist())

@@ -146,13 +146,14 @@ class Underway(NamedTuple):
     measurement: Measurement
     rows: Tensor | None = None
 
-    def select(self, going: Tensor) -> Underway | None:
-        """Some of them, by their places (n,) among them; None where nobody can leave, or all go on."""
-        select, count = getattr(self.prior, "select", None), len(self.measurement.y)
-        if select is None or len(going) == count:
+    def those(self, flags: list[bool]) -> tuple[Underway, Tensor] | None:
+        """The flagged ones, with their places (n,) among all; None where nobody can leave, or all go on."""
+        select, count = getattr(self.prior, "select", None), len(flags)
+        if select is None or all(flags):
             return None
+        going = torch.tensor([i for i in range(count) if flags[i]], device=self.measurement.y.device)
         rows = going if self.rows is None else self.rows[going]
-        return Underway(select(going, count), self.measurement.select(going), rows)
+        return Underway(select(going, count), self.measurement.select(going), rows), going
 
 
 def descend(
@@ -194,14 +195,14 @@ def descend(
         data = data_term(z0_hat, prior=prior, measurement=measurement)
         residual = measurement.rms(data.residual)
         found = Descent(x_t, z0_hat, residual, data.nll, found.steps, data.image, z0_hat)
-        if not residual.isfinite().all():
+        moving = residual > stop_at * measurement.sigma_y
+        finite, flags = torch.stack([residual.isfinite(), moving]).tolist()  # the step's one wait for the device
+        if not all(finite):
             raise NonFiniteError(
                 f"the residual of the clean estimate is {residual.tolist()} at noise {noise:.3g}; expected "
                 "finite values. Look for NaN in y, or for a denoiser or decoder that overflows there."
             )
-        moving = residual > stop_at * measurement.sigma_y
-        going = moving.nonzero().flatten()
-        if len(going) == 0:
+        if not any(flags):
             return whole.put(batch.rows, found)
         at = {"prior": prior, "measurement": measurement, "noise": noise}
         b = bracket(x_t, z0_hat, data.gradient, alpha=alpha, sigma=sigma)
@@ -210,8 +211,8 @@ def descend(
         v = getattr(prior, "movable", lambda change: change)(-alpha * pull(b))
         d, eta = rule(x_t / alpha, v, partial(step_length, z0_hat=z0_hat, data=data, **at, jacobian=jacobian), moving)
         found = found._replace(x_t=x_t + alpha * column(eta * moving, d) * d, steps=found.steps + moving)
-        left = batch.select(going) if k + 1 < steps and hasattr(rule, "select") else None
-        if left is not None:
+        if k + 1 < steps and hasattr(rule, "select") and (left := batch.those(flags)):
+            left, going = left
             whole = whole.put(batch.rows, found)
             batch, found, push = left, Descent(*(field[going] for field in found)), _of(push, going)
             rule.select(going)

@@ -181,14 +181,14 @@ def _by_decoder(inner: Descent, s, prior, measurement, noise, steps, stop_at, dr
         moving = awake if moving is None else awake & moving  # who rests does so for good, as alone
         drawn = {"residual": residual, "nll": data.nll, "image": data.image, "drawn": z}
         inner = inner._replace(**drawn, steps=inner.steps + moving)
-        going = moving.nonzero().flatten()
-        if len(going) == 0:
+        flags = moving.tolist()  # the step's one wait for the device
+        if not any(flags):
             break
         v = (inner.z0_hat - z) / s**2 - data.gradient
         d, eta = rule(z, v, partial(step_length, z0_hat=z, data=data, **at, noise=s, jacobian="free"), moving)
         ahead = z + column(eta * moving, d) * d
-        left = batch.select(going) if k + 1 < steps else None
-        if left is not None:
+        if k + 1 < steps and (left := batch.those(flags)):
+            left, going = left
             whole = whole.put(batch.rows, inner._replace(z0_hat=ahead))
             batch, inner = left, Descent(*(field[going] for field in inner))
             ahead, moving = ahead[going], moving[going]

@@ -383,13 +383,15 @@ def check_renoise(renoise: float) -> None:
 
 def record(level: Level) -> dict:
     """A level's figures as plain numbers; None where nothing was drawn, so that the trace is JSON."""
-    plain = lambda values: [x if math.isfinite(x) else None for x in values.tolist()]  # noqa: E731
+    figures = [level.residual, level.nll, level.steps.to(level.residual)]
+    residual, nll, steps = torch.stack(figures).tolist()  # the level's one wait for the device
+    plain = lambda values: [x if math.isfinite(x) else None for x in values]  # noqa: E731
     return {
         "alpha": level.alpha,
         "sigma": level.sigma,
-        "residual": plain(level.residual),
-        "nll": plain(level.nll),
-        "steps": level.steps.tolist(),
+        "residual": plain(residual),
+        "nll": plain(nll),
+        "steps": [int(k) for k in steps],
     }
 
 
