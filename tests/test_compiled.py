@@ -1,4 +1,4 @@
-"""Compiled networks: the same pictures, with a graph and without.
+"""Compiled and exported networks: the same pictures, with a graph and without.
 
 The compiler's last stage, which makes machine code, is left out here: it takes minutes. `examples/gpu_cost.py` has it.
 """
@@ -6,8 +6,12 @@ The compiler's last stage, which makes machine code, is left out here: it takes 
 import pytest
 import tiny
 import torch
+from torch import nn
 
-from vml_ldm import VMLInpaintPipeline
+from vml_ldm import Measurement, VMLInpaintPipeline, vml_map
+from vml_ldm.operators import Mask
+from vml_ldm.proximal import Proximal
+from vml_ldm.solve import Levels
 
 CALL = {**tiny.HALF_PAINTED, "prompt": "a hat"}
 WAYS = {
@@ -42,3 +46,37 @@ def test_a_compiled_network_paints_the_same_picture(compiled, way):
 def test_checkpointed_graphs_of_compiled_networks_too(memory):
     found, plain = (solve(compiled, guidance_scale=1.0, memory=memory) for compiled in ("regions", ""))
     assert (found.images - plain.images).abs().max() < 1 / 255
+
+
+class Exported:
+    """A prior of programs from `torch.export`, which know no gradient."""
+
+    def __init__(self):
+        vae, z, image = tiny.vae(), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 64, 64)
+        decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).eval()
+        encoder = nn.Sequential(vae.encoder, vae.quant_conv).eval()
+        with torch.no_grad():
+            self._decoder, self._encoder = (
+                torch.export.export(network, (x,)).module() for network, x in ((decoder, z), (encoder, image))
+            )
+
+    def denoise(self, x_t, alpha, sigma):
+        return alpha * x_t / (alpha**2 + sigma**2)  # of z0 ~ N(0, I)
+
+    def encode(self, image):
+        return self._encoder(2 * image - 1)[:, :4]
+
+    def decode(self, z):
+        return self._decoder(z) / 2 + 0.5
+
+
+def test_an_exported_decoder_serves_levels_without_gradients(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("asked for a gradient"))
+    picture, known = tiny.HALF_PAINTED["image"], tiny.KNOWN
+    seen = Measurement(Mask(known), picture * known, 0.02)
+    found = vml_map(
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), prior=Exported(), measurement=seen,
+        schedule=Levels([(1.0, 3.0), (1.0, 1.0), (1.0, 0.3)]), inner_steps=0, proximal=Proximal(),
+        settle=lambda image: known * picture + (1 - known) * image, generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert found.calls == {"denoise": 3, "decode": 4, "encode": 3} and found.image.isfinite().all()
