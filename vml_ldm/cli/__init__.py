@@ -186,7 +186,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "with ours: a sheet of pictures and a table. A run that was interrupted goes on where it was."
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("vml-ldm-demo"))
-    parser.add_argument("--full", action="store_true", help="32 images, four methods: the README's table")
+    parser.add_argument("--full", action="store_true", help="32 images, four methods: the table in docs/results.md")
     parser.add_argument("--images", type=_positive, metavar="N", help="default: 4, with --full 32")
     parser.add_argument("--masks", metavar="NAMES", help="comma-separated; default: all five")
     parser.add_argument("--split", choices=("held-out", "validation"), default="held-out")
