@@ -576,11 +576,39 @@ def test_a_linear_custom_is_an_operator_with_all_that_follows_from_its_adjoint()
     measurement = Measurement(custom, blur(images()), 0.1)
     measurement.check(SIZE)
     assert torch.allclose(measurement.guess(SIZE), Measurement(blur, blur(images()), 0.1).guess(SIZE), atol=1e-4)
-    with pytest.raises(TypeError, match="adjoint is None; expected a function"):
+    with pytest.raises(TypeError, match="adjoint is None; expected a function, or None with size"):
         LinearCustom(torch.sin, None)
     _, push, pull = linearise(Compose(custom, torch.sin), images())  # its derivative is known at every order
     _, push_blur, pull_blur = linearise(Compose(blur, torch.sin), images())
     assert torch.allclose(push(c), push_blur(c)) and torch.allclose(pull(c), pull_blur(c))
+
+
+def test_torch_finds_the_adjoint_of_a_linear_function():
+    blur = GaussianBlur(1.0)
+    custom, c = LinearCustom(lambda image: blur(image)[:, :, ::2], size=SIZE), images(seed=1)[:, :, ::2]
+    by_hand = torch.zeros_like(images())
+    by_hand[:, :, ::2] = c
+    assert torch.allclose(custom.adjoint(c), blur.adjoint(by_hand), atol=1e-6)
+    custom.check(SIZE)
+    with torch.inference_mode():
+        assert torch.allclose(custom.adjoint(c.clone()), blur.adjoint(by_hand), atol=1e-6)
+    assert is_linear(Compose(blur, custom)) and custom.solve(by_hand, 0.1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("operator", "said"),
+    [
+        (LinearCustom(lambda x: x[:, :, ::2], lambda y: y.repeat_interleave(2, 2)), "adjoint is not the transpose"),
+        (LinearCustom(lambda x: (2 * x).clamp(0, 1), lambda y: 2 * y), "expected a linear operator"),
+        (LinearCustom(lambda x: x + 0.5, size=SIZE), "expected a linear operator"),
+    ],
+    ids=["another adjoint", "clipped", "affine"],
+)
+def test_a_custom_operator_that_is_not_what_it_says_is_refused_before_any_work(operator, said):
+    with pytest.raises(ValueError, match=said):
+        operator.check(SIZE)
+    with pytest.raises(ValueError, match=said):
+        Measurement(operator, operator(images()), 0.1).check(SIZE)
 
 
 def test_any_object_with_a_and_its_adjoint_is_a_physics():

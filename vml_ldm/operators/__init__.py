@@ -19,10 +19,10 @@ observed, ``y = A(x0) + n`` with ``n ~ N(0, sigma_y^2 I)``.
     PhaseRetrieval       |F x|, oversampled                    nonlinear: start only
 
 ``Compose(a, b)``, or ``b @ a``, is first a, then b; `Custom` takes a function and its vector-Jacobian product,
-`LinearCustom` one and its adjoint; `from_physics` takes deepinv's. All of them say whether they are ``linear``. A
-linear one has ``adjoint(y)``, ``normal(x) = A^T A x``, ``pinv(y)`` and ``solve(b, rho) = (A^T A + rho I)^-1 b``
-(`LinearOperator`); ``start(y)`` is an image in [0, 1] to begin from. y has the image's dtype, float32 or float64
-(complex for FourierLines), and its device: at each call the tensors that an operator holds follow the image.
+`LinearCustom` a linear one, whose adjoint torch finds; `from_physics` takes deepinv's. All of them say whether they are
+``linear``. A linear one has ``adjoint(y)``, ``normal(x) = A^T A x``, ``pinv(y)`` and ``solve(b, rho) = (A^T A + rho
+I)^-1 b`` (`LinearOperator`); ``start(y)`` is an image in [0, 1] to begin from. y has the image's dtype, float32 or
+float64 (complex for FourierLines), and its device: at each call the tensors that an operator holds follow the image.
 """
 
 from .base import (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _RHO = 0.01  # of a regularised pseudo-inverse: singular values under 0.1 are damped, noise grows by at most 5
 _GREY = 0.5
+_LAW = 1e-3  # relative, to which a linear operator keeps its laws in float32
 
 
 class Operator(ABC):
@@ -61,6 +62,36 @@ class LinearOperator(Operator):
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
         """``A^T y`` (B, C, H, W), real: ``Re <A x, y> = <x, A^T y>``."""
+
+    def check(self, size: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """See that it is linear and that `adjoint` is its transpose, on two images of noise.
+
+        Args:
+            size: (height, width) of the images.
+            device: where they are.
+
+        Raises:
+            ValueError: ``A(x + z)`` is not ``A x + A z``, or ``<A x, A x>`` is not ``<x, A^T A x>``, to 1e-3.
+
+        Example:
+            >>> from vml_ldm import GaussianBlur
+            >>> GaussianBlur(2.0).check((16, 16))
+        """
+        draw = torch.Generator().manual_seed(0)
+        x, z = torch.rand(2, 1, 3, *check_size(size), generator=draw).to(device)
+        seen, both = self(x), self(x) + self(z)
+        apart = (squares(self(x + z) - both) / squares(both)).sqrt().item()
+        if apart > _LAW:
+            raise ValueError(
+                f"A(x + z) is {apart:.2g} of itself away from A(x) + A(z); expected a linear operator. Where it adds "
+                "something or clips, it is an operator without an adjoint: pass the function itself."
+            )
+        there, back = squares(seen).item(), dot(x, self.adjoint(seen)).item()
+        if abs(there - back) > _LAW * there:
+            raise ValueError(
+                f"<A x, A x> is {there:.6g} and <x, adjoint(A x)> {back:.6g}; expected the same: adjoint is not the "
+                "transpose. LinearCustom(forward, size=(height, width)) lets torch find it."
+            )
 
     def normal(self, image: Tensor) -> Tensor:
         """``A^T A image``, (B, C, H, W)."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .base import LinearOperator, NoStartError, Operator
+from .base import LinearOperator, NoStartError, Operator, check_size, own
 
 
 class Custom(Operator):
@@ -38,30 +38,58 @@ class Custom(Operator):
 
 
 class LinearCustom(LinearOperator):
-    """A linear operator given by two functions that torch need not differentiate: ``y = A x`` and ``A^T y``.
+    """A linear operator given by functions: ``y = A x``, and ``A^T y`` unless torch is to find that.
 
     pinv and solve take conjugate gradients.
 
     Args:
-        forward: image (B, 3, H, W) -> y, run without a graph.
-        adjoint: y -> image (B, 3, H, W), with ``Re <A x, y> = <x, A^T y>``.
+        forward: image (B, 3, H, W) -> y. With an adjoint it is run without a graph, and may leave torch.
+        adjoint: y -> image (B, 3, H, W), with ``Re <A x, y> = <x, A^T y>``. None: by differentiating forward.
+        size: (H, W) of the images, which y does not tell; asked for where there is no adjoint.
 
     Raises:
-        TypeError: an argument that cannot be called; at the call, a result that is no tensor.
+        TypeError: an argument that cannot be called, or neither an adjoint nor a size; at the call, a result that is no
+            tensor.
         ValueError: in the backward pass, a result of adjoint that is not shaped like the image.
+
+    Example:
+        >>> rows = LinearCustom(lambda image: image[:, :, ::2], size=(4, 4))
+        >>> rows.adjoint(torch.ones(1, 3, 2, 4))[0, 0, :, 0]
+        tensor([1., 0., 1., 0.])
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]):
-        for name, function in (("forward", forward), ("adjoint", adjoint)):
-            if not callable(function):
-                raise TypeError(f"{name} is {function!r}; expected a function.")
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        adjoint: Callable[[Tensor], Tensor] | None = None,
+        *,
+        size: Sequence[int] | None = None,
+    ):
+        if not callable(forward):
+            raise TypeError(f"forward is {forward!r}; expected a function.")
+        if not callable(adjoint) and (adjoint is not None or size is None):
+            raise TypeError(
+                f"adjoint is {adjoint!r}; expected a function, or None with size=(height, width) of the images, and "
+                "torch finds it."
+            )
         self._forward, self._adjoint = forward, adjoint
+        self.size = None if size is None else check_size(size)
 
     def __call__(self, image: Tensor) -> Tensor:
+        if self._adjoint is None:
+            return self._forward(image)
         return _PulledBack.apply(image, self._forward, lambda _, cotangent: self._adjoint(cotangent), self._forward)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return self._adjoint(y)
+        return _transposed(self._forward, y, self.size) if self._adjoint is None else self._adjoint(y)
+
+
+def _transposed(forward: Callable[[Tensor], Tensor], y: Tensor, size: tuple[int, int]) -> Tensor:
+    """``A^T y`` (B, 3, H, W) of a linear function, by its derivative at a black image."""
+    with torch.inference_mode(False), torch.enable_grad():
+        image = torch.zeros(len(y), 3, *size, dtype=y.real.dtype, device=y.device, requires_grad=True)
+        (found,) = torch.autograd.grad(forward(image), image, own(y))
+    return found
 
 
 class _PulledBack(torch.autograd.Function):

@@ -21,6 +21,7 @@ from .base import (
     start_of,
     uncast,
 )
+from .foreign import LinearCustom
 from .rows import Rows
 from .smoothing import roughness_gradient, solve_smooth
 
@@ -68,7 +69,8 @@ class Measurement:
             size: (height, width) in pixels, of the images that the model makes.
 
         Raises:
-            ValueError: the operator refuses such an image, gives another shape than y's, or cannot be differentiated.
+            ValueError: the operator refuses such an image, gives another shape than y's, or cannot be differentiated; a
+                `LinearCustom` that does not keep the laws of linear ones (`LinearOperator.check`).
         """
         image = torch.full((len(self.y), 3, *size), 0.5, dtype=self.y.real.dtype, device=self.y.device)
         try:
@@ -84,6 +86,8 @@ class Measurement:
                 "the operator's result has no gradient in its image; expected a function that torch differentiates. "
                 "Write it with torch, or pass Custom(forward, vjp)."
             )
+        if isinstance(self.operator, LinearCustom):
+            self.operator.check(size, self.y.device)
 
     def select(self, rows: Tensor) -> Measurement:
         """Of some images of the batch, by their places (n,), which rise; of all of them it is this one."""
