@@ -24,6 +24,7 @@ from vml_ldm.app.solving import Solver  # noqa: E402
 
 SIZE, LEVELS = 64, 4
 HOLE = (20, 20, 44, 44)
+PLAIN = (0, 0, False, 0, 0, 0, 0)  # grow, feather, fill, margins
 WISHES = ("", "balanced", 8, "the task's", 3, 1.0)  # prompt, preset, steps, levels, seed, guidance: four levels
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -100,7 +101,7 @@ def test_the_pipeline_s_errors_come_to_the_caller(solver) -> None:
 
 
 def test_inpainting_gives_a_png_whose_known_pixels_are_the_picture_s(solver) -> None:
-    *_, last = app._inpainting(solver)(edited(), *WISHES)
+    *_, last = app._inpainting(solver)(edited(), *PLAIN, *WISHES)
     status, _, compare, file, curve, report = last
     assert status.startswith("Done")
     result = load_image(file["value"])
@@ -124,6 +125,18 @@ def test_restoring_takes_every_damage_of_the_command_line(solver, task, simulate
     assert before.size == after.size
 
 
+def test_the_page_paints_margins_without_a_stroke_and_grows_one(solver) -> None:
+    paint = app._inpainting(solver)
+    known = np.asarray(picture())
+    *_, last = paint(edited(layers=[]), 0, 0, False, 0, 0, 32, 0, *WISHES)
+    wide = np.asarray(load_image(last[3]["value"]))
+    assert wide.shape == (SIZE, SIZE + 32, 3) and np.array_equal(wide[:, :SIZE], known)
+    *_, last = paint(edited(), 4, 0, False, 0, 0, 0, 0, *WISHES)
+    changed = (np.asarray(load_image(last[3]["value"])) != known).any(-1)
+    left, top, _, bottom = HOLE
+    assert changed[top:bottom, left - 4 : left].mean() > 0.9 and not changed[:, : left - 4].any()
+
+
 @pytest.mark.parametrize(
     ("editor", "message"),
     [
@@ -134,7 +147,7 @@ def test_restoring_takes_every_damage_of_the_command_line(solver, task, simulate
     ],
 )
 def test_what_cannot_be_inpainted_is_a_warning_and_the_page_stays(solver, editor, message) -> None:
-    assert kept_and_said(app._inpainting(solver), editor, *WISHES) == message
+    assert kept_and_said(app._inpainting(solver), editor, *PLAIN, *WISHES) == message
 
 
 def kept_and_said(handler, *given) -> str:
@@ -156,7 +169,7 @@ def test_what_cannot_be_restored_is_a_warning_and_the_page_stays(solver) -> None
 
 def test_a_mistake_that_shows_in_the_solve_ends_as_a_warning_and_a_status(solver) -> None:
     with pytest.warns(UserWarning, match="preset is 'slow'"):
-        *_, last = app._telling(app._inpainting(solver))(edited(), "", "slow", *WISHES[2:])
+        *_, last = app._telling(app._inpainting(solver))(edited(), *PLAIN, "", "slow", *WISHES[2:])
     assert last[0].startswith("Not solved") and last[1:] == (gr.skip(),) * 5
 
 
@@ -165,13 +178,15 @@ def test_the_first_view_has_a_painted_example_and_sizes_are_told_before_a_run(so
     _, hole = app._read_editor(first)
     assert 0.02 < (np.asarray(hole) > 0).mean() < 0.2
     sizes = {"native": 128, "stride": 8}
-    assert "256 x 256, scaled to 128 x 128" in app._size_to_inpaint(sizes, first)
+    assert "256 x 256, scaled to 128 x 128" in app._size_to_inpaint(sizes, first, *PLAIN)
     values = [widget.value for widget in app._widgets("sr4").values()]
     told = lambda simulate, task: app._size_to_restore(sizes, first["background"], simulate, task, 0.0, *values)  # noqa: E731
     assert "256 x 256, brought to 128 x 128 before it is damaged" in told(True, "sr4")
     assert "256 x 256, scaled to 32 x 32, solved at 128 x 128" in told(False, "sr4")
     assert told(False, "kernel").startswith("Cannot be solved: there is no kernel")
-    assert app._size_to_inpaint(sizes, None) == app._size_to_restore(sizes, None, True, "sr4", 0.0, *values) == ""
+    assert (
+        app._size_to_inpaint(sizes, None, *PLAIN) == app._size_to_restore(sizes, None, True, "sr4", 0.0, *values) == ""
+    )
 
 
 def test_a_measurement_of_16_bits_is_restored_at_its_depth(solver) -> None:

@@ -75,7 +75,7 @@ def test_every_line_of_python_runs(page: Path, tmp_path: Path, monkeypatch) -> N
     mask.paste(255, (40, 40, 80, 80))
     mask.save("mask.png")
     thumbnail = Image.new("RGB", (32, 32), (90, 160, 70))
-    scope = {"bundled": bundled_model(), "folder": bundled_model(), "thumbnail": thumbnail}
+    scope = {"bundled": bundled_model(), "folder": bundled_model(), "thumbnail": thumbnail, "mask": mask}
     blocks = blocks_of(page)
     assert blocks
     if page.name != "README.md":  # guides go on where the README ends

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vml_ldm.assets import bundled_model
+    from vml_ldm.images.masks import edit_mask
     from vml_ldm.objective import vml_bracket, vml_gradient, vml_loss, vml_trace_gradient
     from vml_ldm.operators import (
         HDR,
@@ -82,6 +83,7 @@ __all__ = [
     "VMLRestoreXLPipeline",
     "__version__",
     "bundled_model",
+    "edit_mask",
     "from_physics",
     "karras_scales",
     "over_seeds",
@@ -96,6 +98,7 @@ __all__ = [
 
 _NAMES = {
     "assets": ["bundled_model"],
+    "images.masks": ["edit_mask"],
     "objective": ["vml_bracket", "vml_gradient", "vml_loss", "vml_trace_gradient"],
     "operators": [
         *("Blur", "Compose", "CompressedSensing", "Crop", "Custom", "Downsample", "FourierLines", "Gamma"),

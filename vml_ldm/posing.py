@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from vml_ldm.damage import damage, parameters
 from vml_ldm.fitting import OVERSIZE, Fit, Window
-from vml_ldm.images import Depth, file_depth, mask_of, read_image, read_pixels, upright_size
+from vml_ldm.images import (
+    Depth,
+    MaskEdit,
+    check_margins,
+    file_depth,
+    mask_of,
+    read_image,
+    read_pixels,
+    upright_size,
+    widen,
+)
 from vml_ldm.operators.jpeg import quality_of
 
 
@@ -119,20 +129,40 @@ class Inpaint:
 
     Args:
         mask: a file, the mask of every image; or a folder with a mask of the same name (before the ending) for each.
+            None: nothing of the image is repainted, only its margins.
         shorter: side to solve at, in pixels; None is the model's choice, see `Fit.choose`.
+        edit: what is done to masks first.
+        margins: pixels that are painted around the image: left, top, right, bottom.
+
+    Raises:
+        ValueError: neither a mask nor margins; margins that are none.
     """
 
     kind = "inpaint"  # of task, see `vml_ldm.families`
 
-    def __init__(self, mask: str | Path, shorter: int | None = None):
-        self.mask, self.shorter = Path(mask), shorter
+    def __init__(
+        self,
+        mask: str | Path | None,
+        shorter: int | None = None,
+        *,
+        edit: MaskEdit = MaskEdit(),  # noqa: B008 - frozen
+        margins: Sequence[int] = (0, 0, 0, 0),
+    ):
+        if mask is None and not any(margins):
+            raise ValueError("there is neither a mask nor a margin; expected one of them, or nothing is to be painted.")
+        self.mask, self.shorter = None if mask is None else Path(mask), shorter
+        self.edit, self.margins = edit, check_margins(margins)
 
     def settings(self) -> dict:
         """All that the task depends on beside the files, as plain values."""
-        return {"task": "inpaint", "size": self.shorter}
+        changed = {name: value for name, value in vars(self.edit).items() if value != getattr(MaskEdit(), name)}
+        margins = {"margins": list(self.margins)} if any(self.margins) else {}
+        return {"task": "inpaint", "size": self.shorter, **changed, **margins}
 
     def files(self, path: Path) -> tuple[Path, ...]:
-        """The image's file and its mask's. Raises ValueError unless there is one mask."""
+        """The image's file and its mask's, if any. Raises ValueError unless there is one mask."""
+        if self.mask is None:
+            return (path,)
         if not self.mask.is_dir():
             return path, self.mask
         found = sorted(mask for mask in self.mask.iterdir() if mask.stem == path.stem and mask.is_file())
@@ -148,15 +178,18 @@ class Inpaint:
             ValueError: a file that is no image, no mask, or a mask of another size; values that are no image's where
                 they are known.
         """
-        path, mask_path = self.files(path)
-        known = 1 - mask_of(read_image(mask_path), str(mask_path))
-        size, found = upright_size(read_image(path)), tuple(known.shape[2:])
-        if size != found:
-            raise ValueError(
-                f"{mask_path} has {found[1]} x {found[0]} pixels and {path} {size[1]} x {size[0]}; expected the same. "
-                "Resize the mask."
-            )
-        return read_pixels(path, known=known), known
+        size, painted = upright_size(read_image(path)), None
+        for mask_path in self.files(path)[1:]:
+            painted = mask_of(read_image(mask_path), str(mask_path))
+            found = tuple(painted.shape[2:])
+            if size != found:
+                raise ValueError(
+                    f"{mask_path} has {found[1]} x {found[0]} pixels and {path} {size[1]} x {size[0]}; expected the "
+                    "same. Resize the mask."
+                )
+        painted = torch.zeros(1, 1, *size) if painted is None else self.edit.apply(painted)
+        image, painted = widen(read_pixels(path, known=1 - painted), painted, self.margins)
+        return image, 1 - painted
 
     def depth(self, path: Path) -> Depth:
         """What the result of an image file is written at: its own."""

@@ -21,7 +21,7 @@ from vml_ldm.app.solving import Frame, Solver
 from vml_ldm.assets import example_images
 from vml_ldm.damage import PARAMETERS, TASKS, parameters
 from vml_ldm.fitting import Fit
-from vml_ldm.images import from_pil, load_image, to_pil, upright_rgb, upright_size
+from vml_ldm.images import MaskEdit, from_pil, load_image, to_pil, upright_rgb, upright_size, widen
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.posing import Posed, Restore, pose_hole
 from vml_ldm.presets import PRESETS
@@ -149,6 +149,15 @@ def _inpaint_tab() -> Tab:
         height=_SIDE,
         elem_id="editor",
     )
+    with gr.Accordion("Mask and margins", open=False, elem_id="mask-tools"):
+        with gr.Row():
+            grow = gr.Slider(-32, 64, 0, step=1, label="Grow", info="pixels; below 0 shrinks")
+            feather = gr.Slider(0, 64, 0, step=1, label="Feather", info="pixels over which it fades")
+        fill = gr.Checkbox(False, label="Fill", info="what the paint encloses is repainted too")
+        gr.Markdown("Paint beyond the picture, so many pixels:")
+        with gr.Row():
+            sides = ("Left", "Top", "Right", "Bottom")
+            margins = [gr.Number(0, precision=0, minimum=0, maximum=1024, label=side, min_width=70) for side in sides]
     size = gr.Markdown(elem_id="size-inpaint")
     button = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
     pictures, gallery = _gallery()
@@ -157,7 +166,7 @@ def _inpaint_tab() -> Tab:
         picture, prompt = pictures[event.index]
         return {"background": picture, "layers": [], "composite": None}, prompt
 
-    return Tab([editor], size, button, gallery, pick)
+    return Tab([editor, grow, feather, fill, *margins], size, button, gallery, pick)
 
 
 def _restore_tab() -> Tab:
@@ -251,13 +260,16 @@ def _gallery() -> tuple[list[tuple[Image.Image, str]], gr.Gallery]:
 
 
 def _inpainting(solver: Solver) -> Callable:
-    def inpaint(editor, prompt, preset, steps, levels, seed, guidance):
-        """Repaint what is painted over; pixels elsewhere come back unchanged."""
-        picture, hole = _read_editor(editor)
-        image, known = from_pil(picture), 1 - from_pil(hole, 1)
+    def inpaint(editor, grow, feather, fill, left, top, right, bottom, *wishes):
+        """Repaint what is painted over, and margins; pixels elsewhere come back unchanged."""
+        margins = tuple(map(int, (left, top, right, bottom)))
+        picture, hole = _read_editor(editor, needs_paint=not any(margins))
+        painted = MaskEdit(fill=fill, grow=int(grow), feather=int(feather)).apply(from_pil(hole, 1))
+        image, painted = widen(from_pil(picture), painted, margins)
+        known = 1 - painted
         posed = pose_hole(image, known, **solver.sizes)
         before = image * known + (1 - known) / 2
-        yield from _shown(solver, solver.inpaint, posed, before, _asked(prompt, preset, steps, levels, seed, guidance))
+        yield from _shown(solver, solver.inpaint, posed, before, _asked(*wishes))
 
     return inpaint
 
@@ -277,10 +289,13 @@ def _restoring(solver: Solver) -> Callable:
     return restore
 
 
-def _size_to_inpaint(sizes: dict, editor: dict | None) -> str:
-    """What will be done to the size of the editor's picture, said before anything is."""
+def _size_to_inpaint(sizes: dict, editor: dict | None, grow, feather, fill, left, top, right, bottom) -> str:
+    """What will be done to the size of the editor's picture with its margins, said before anything is."""
     picture = (editor or {}).get("background")
-    return "" if picture is None else _told(Fit.choose((picture.height, picture.width), **sizes).text())
+    if picture is None:
+        return ""
+    size = picture.height + int(top) + int(bottom), picture.width + int(left) + int(right)
+    return _told(Fit.choose(size, **sizes).text())
 
 
 def _size_to_restore(sizes: dict, picture: Image.Image | None, simulate: bool, task: str, noise: float, *values) -> str:
@@ -304,7 +319,7 @@ def _told(text: str) -> str:
     return f"Size: {text.removeprefix('size').strip()}."
 
 
-def _read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image]:
+def _read_editor(editor: dict | None, needs_paint: bool = True) -> tuple[Image.Image, Image.Image]:
     """Picture (RGB) and what is painted over it (L, white is repainted)."""
     picture = (editor or {}).get("background")
     if picture is None:
@@ -313,7 +328,7 @@ def _read_editor(editor: dict | None) -> tuple[Image.Image, Image.Image]:
     for layer in editor["layers"]:
         hole = ImageChops.lighter(hole, layer.getchannel("A"))
     hole = hole.point(lambda alpha: 255 * (alpha > 127))
-    if hole.getextrema()[1] == 0:
+    if needs_paint and hole.getextrema()[1] == 0:
         raise ValueError("Nothing is painted over. Paint over what is to be repainted.")
     return upright_rgb(picture), hole
 

@@ -74,13 +74,45 @@ def _add_inpaint(parser: argparse.ArgumentParser) -> None:
         "An image larger or smaller than what the model was trained on is solved at the model's size."
     )
     parser.add_argument("image", metavar="IMAGE", type=Path)
-    parser.add_argument("mask", metavar="MASK", type=Path, help="as large as IMAGE; white is repainted")
+    parser.add_argument(
+        "mask", metavar="MASK", type=Path, nargs="?", help="as large as IMAGE; white is repainted; none with --outpaint"
+    )
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="file to write (PNG)")
     _add_painting(parser)
-    parser.add_argument(
+    _add_mask_tools(parser.add_argument_group("the mask"))
+    parser.set_defaults(run=inpaint.run)
+
+
+def _add_mask_tools(group: argparse._ArgumentGroup) -> None:
+    """What the commands that inpaint share."""
+    group.add_argument("--grow", type=int, default=0, metavar="PIXELS", help="grow the white part; below 0 shrink it")
+    group.add_argument("--feather", type=int, default=0, metavar="PIXELS", help="let it fade beyond its edge")
+    group.add_argument("--fill", action="store_true", help="what it encloses is repainted too")
+    group.add_argument(
+        "--cutoff", type=float, metavar="VALUE", help="0 to 1: what is brighter is white, all else black"
+    )
+    group.add_argument(
+        "--outpaint",
+        type=_margins,
+        default=(0, 0, 0, 0),
+        metavar="L,T,R,B",
+        help="paint so many pixels beyond the picture: left, top, right, bottom",
+    )
+    group.add_argument(
         "--size", type=_positive, metavar="PIXELS", help="shorter side to solve at (default: the model's)"
     )
-    parser.set_defaults(run=inpaint.run)
+
+
+def _margins(text: str) -> tuple[int, ...]:
+    """Four whole numbers >= 0, or one for all sides."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    found = 4 * found if len(found) == 1 else found
+    if len(found) != 4 or min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} are no margins; expected left,top,right,bottom, such as 0,64,0,64")
+    return found
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +145,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
     _add_painting(parser)
     painting = parser.add_argument_group("inpainting")
     painting.add_argument("--mask", metavar="PATH", type=Path, help="of all images; or a folder, a mask for each name")
-    painting.add_argument("--size", type=_positive, metavar="PIXELS", help="shorter side to solve at")
+    _add_mask_tools(painting)
     _add_damage(parser)
     parser.set_defaults(run=batch.run)
 

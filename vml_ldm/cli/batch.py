@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .files import UsageError, asked, open_checkpoint, open_pipeline, quiet, refusing
+from .inpaint import inpainting
 from .restore import flag, given_parameters, restoration
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 INPAINT = "inpaint"
-_OF_INPAINT, _OF_RESTORE = ("mask", "size"), ("noise", "solver", "start")
+_OF_INPAINT = ("mask", "size", "grow", "feather", "fill", "cutoff", "outpaint")
+_OF_RESTORE = ("noise", "solver", "start")
+_NOT_GIVEN = (None, 0, (0, 0, 0, 0))
+_A_MASK = "expected a mask's file, or a folder of one for each image"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 def _task(options: argparse.Namespace) -> Restore | Inpaint:
     """The task, after options that belong to another one were refused."""
     restores = options.task != INPAINT
-    given = [name for name in (_OF_INPAINT if restores else _OF_RESTORE) if getattr(options, name) not in (None, 0.0)]
+    given = [name for name in (_OF_INPAINT if restores else _OF_RESTORE) if getattr(options, name) not in _NOT_GIVEN]
     if not restores:
         given += given_parameters(options)
     if given:
@@ -68,9 +72,8 @@ def _task(options: argparse.Namespace) -> Restore | Inpaint:
         if "jpeg" in options.task.split("+") and options.quality is None:
             raise UsageError(f"--task {options.task} came without --quality; expected that of all images, 1 to 100.")
         return restoration(options)
-    if options.mask is None or not options.mask.exists():
-        came = "without --mask" if options.mask is None else f"with --mask {options.mask}, which does not exist"
-        raise UsageError(f"--task {INPAINT} came {came}; expected a mask's file, or a folder of one for each image.")
-    from vml_ldm.posing import Inpaint
-
-    return Inpaint(options.mask, options.size)
+    if options.mask is None and not any(options.outpaint):
+        raise UsageError(f"--task {INPAINT} came without --mask; {_A_MASK}, or --outpaint.")
+    if options.mask is not None and not options.mask.exists():
+        raise UsageError(f"--task {INPAINT} came with --mask {options.mask}, which does not exist; {_A_MASK}.")
+    return inpainting(options)

@@ -11,11 +11,12 @@ def run(options: argparse.Namespace) -> int:
     """Inpaint one image file."""
     check_output(options.output, options.force)
     check_exists(options.image)
-    check_exists(options.mask)
+    if options.mask is not None:
+        check_exists(options.mask)
     from vml_ldm.images import save_image
-    from vml_ldm.posing import Inpaint, model_sizes
+    from vml_ldm.posing import model_sizes
 
-    task = Inpaint(options.mask, options.size)
+    task = inpainting(options)
     with refusing():
         problem = task.read(options.image)
     pipe = open_pipeline(options, task.kind)
@@ -27,3 +28,13 @@ def run(options: argparse.Namespace) -> int:
     print(report.text())
     print(f"wrote {options.output}{lossy_note(options.output)}{depth.note(bits)}")
     return 0
+
+
+def inpainting(options: argparse.Namespace):
+    """The task of an image, or of every image of a folder, as `vml_ldm.posing.Inpaint`."""
+    from vml_ldm.images import MaskEdit
+    from vml_ldm.posing import Inpaint
+
+    with refusing():
+        edit = MaskEdit(options.cutoff, options.fill, options.grow, options.feather)
+        return Inpaint(options.mask, options.size, edit=edit, margins=options.outpaint)

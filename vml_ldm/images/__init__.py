@@ -6,6 +6,7 @@ call.
 """
 
 from .holes import composite, fill_holes, seamless
+from .masks import MaskEdit, check_margins, edit_mask, widen
 from .pictures import (
     Depth,
     file_depth,
@@ -24,8 +25,11 @@ from .ranges import Values, is_deep, read_deep, read_numbers, settle_range
 
 __all__ = [
     "Depth",
+    "MaskEdit",
     "Values",
+    "check_margins",
     "composite",
+    "edit_mask",
     "file_depth",
     "fill_holes",
     "from_pil",
@@ -43,4 +47,5 @@ __all__ = [
     "upright_mask",
     "upright_rgb",
     "upright_size",
+    "widen",
 ]
