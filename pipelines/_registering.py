@@ -9,6 +9,7 @@ from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
 from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
 from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+from vml_ldm.pipelines.vml_restore_sd3 import VMLRestoreSD3Pipeline
 from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
 
 _INPAINTING = {  # by diffusers' name of the family
@@ -16,7 +17,7 @@ _INPAINTING = {  # by diffusers' name of the family
     "stable-diffusion-xl": VMLInpaintXLPipeline,
     "stable-diffusion-3": VMLInpaintSD3Pipeline,
 }
-PIPELINES = (*_INPAINTING.values(), VMLRestorePipeline, VMLRestoreXLPipeline)
+PIPELINES = (*_INPAINTING.values(), VMLRestorePipeline, VMLRestoreXLPipeline, VMLRestoreSD3Pipeline)
 
 
 def register() -> None:

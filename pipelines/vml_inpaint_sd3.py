@@ -7,29 +7,21 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusion3InpaintPipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_inpaint import (
-    calculate_shift,
-    retrieve_timesteps,
-)
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import FlowPrior, GuidedPrior, SchedulerLevels, check_flow_scheduler, flow_levels
+from vml_ldm.adapters.diffusers import GuidedPrior
 from vml_ldm.pipelines._inpainting import InpaintingMixin
-from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput, sides
+from vml_ldm.pipelines._sd3 import SD3Mixin
+from vml_ldm.pipelines._solving import VMLPipelineOutput
 from vml_ldm.proximal import Proximal
 
-_POOLED = "pooled_prompt_embeds"
 
-
-class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3InpaintPipeline):
+class VMLInpaintSD3Pipeline(InpaintingMixin, SD3Mixin, StableDiffusion3InpaintPipeline):
     """Inpainting by latent VML-MAP with any Stable Diffusion 3 or 3.5 checkpoint.
 
     Loading, components and every argument are those of `StableDiffusion3InpaintPipeline`; white is repainted. See
     `SolvingMixin` for `gradient_vae`.
     """
-
-    _denoiser_name, _prior_class = "transformer", FlowPrior
-    _check_scheduler = staticmethod(check_flow_scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -109,49 +101,8 @@ class VMLInpaintSD3Pipeline(InpaintingMixin, SolvingMixin, StableDiffusion3Inpai
         """
         return self._inpaint(super().__call__, locals())
 
-    def _remember(self, a: SimpleNamespace) -> None:
-        self._joint_attention_kwargs = a.joint_attention_kwargs
-
-    def _plan(self, a: SimpleNamespace, count: int, renoise: float) -> SchedulerLevels:
-        options, config = {} if a.mu is None else {"mu": a.mu}, self.scheduler.config
-        if a.mu is None and config.use_dynamic_shifting:
-            stride = self.vae_scale_factor * self.patch_size
-            limits = (config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-            options["mu"] = calculate_shift((a.height // stride) * (a.width // stride), *limits)
-        retrieve_timesteps(self.scheduler, count, self._execution_device, sigmas=a.sigmas, **options)
-        return flow_levels(self.scheduler, self.scheduler.timesteps, renoise)
-
-    def _embed(self, a: SimpleNamespace) -> dict[str, Tensor | None]:
-        positive, negative, pooled, negative_pooled = self._encode_prompt(a)
-        return {
-            "prompt_embeds": self._rows(negative, positive),
-            "negative_prompt_embeds": negative,
-            "negative_pooled_prompt_embeds": negative_pooled,
-            _POOLED: self._rows(negative_pooled, pooled),
-        }
-
-    def _conditions(self, a: SimpleNamespace, batch: int) -> list[dict]:
-        conditions = [
-            {"joint_attention_kwargs": dict(a.joint_attention_kwargs or {})}
-            for _ in range(1 + self.do_classifier_free_guidance)
-        ]
-        asked = a.ip_adapter_image is not None and self.is_ip_adapter_active
-        if asked or a.ip_adapter_image_embeds is not None:
-            embeds = self._ip_adapter_embeds(a, batch)
-            for condition, own in zip(conditions, embeds.chunk(len(conditions)), strict=True):
-                condition["joint_attention_kwargs"]["ip_adapter_image_embeds"] = own
-        return conditions
-
-    def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
-        super()._condition(prior, tensors)
-        for condition, rows in sides(prior, tensors[_POOLED]):
-            condition["pooled_projections"] = rows
-
     def _masked_latents(self, a: SimpleNamespace, masked: Tensor, prior: GuidedPrior) -> Tensor:
         given, config = a.masked_image_latents, self.vae.config
         if given is not None and given.shape[1] == config.latent_channels:  # stock takes them unscaled
             a.masked_image_latents = (given - (config.shift_factor or 0.0)) * config.scaling_factor
         return super()._masked_latents(a, masked, prior)
-
-    def _screen(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, None]:
-        return image, None

@@ -15,17 +15,20 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, SD3CFGCutoffCallback, SDXLCFGCutoffCallback
 from PIL import Image
+from torch import nn
 
 from vml_ldm import (
     RedDiff,
     VMLInpaintPipeline,
     VMLInpaintSD3Pipeline,
     VMLInpaintXLPipeline,
+    VMLRestoreSD3Pipeline,
     VMLRestoreXLPipeline,
 )
 from vml_ldm.adapters.diffusers import FlowPrior, StableDiffusionPrior, StableDiffusionXLPrior, flow_levels
@@ -364,26 +367,53 @@ def test_xl_schedulers_and_few_steps(xl):
     assert call(xl, return_report=True).report.levels == 3
 
 
+RESTORING = {
+    "xl": (VMLRestoreXLPipeline, StableDiffusionXLPipeline, tiny.xl_components),
+    "sd3": (VMLRestoreSD3Pipeline, StableDiffusion3Pipeline, tiny.sd3_components),
+}
+
+
+@pytest.mark.parametrize("family", RESTORING)
 @pytest.mark.parametrize("solver", ["vml", "red-diff"])
-def test_xl_restores(solver, tmp_path):
-    components = COMPONENTS["xl"] | {"scheduler": tiny.xl_components()["scheduler"]}
-    pipe, operator = build(VMLRestoreXLPipeline, components), Downsample(4)
+def test_other_families_restore(family, solver, tmp_path):
+    cls, _, make = RESTORING[family]
+    pipe, operator = build(cls, COMPONENTS[family] | {"scheduler": make()["scheduler"]}), Downsample(4)
     y = operator(torch.from_numpy(np.asarray(picture(), dtype=np.float32)).permute(2, 0, 1)[None] / 255)
     more = {"red": RedDiff(lr=0.1), "num_inference_steps": 4} if solver == "red-diff" else {"num_inference_steps": 16}
+    if (family, solver) == ("sd3", "red-diff"):
+        more["sigmas"] = [0.9, 0.6, 0.3, 0.1]  # it has no use for a level of noise alone
+    own = {"negative_original_size": (9, 9)} if family == "xl" else {"joint_attention_kwargs": {}}
     common = {"height": SIZE, "width": SIZE, "solver": solver, "output_type": "pt", "return_report": True, **more}
-    out = pipe("a hat", y=y, operator=operator, generator=seeds(0), **common, negative_original_size=(9, 9))
+    out = pipe("a hat", y=y, operator=operator, generator=seeds(0), **common, **own)
     first, *_, last = (level["residual"][0] for level in out.report.trace)
     assert out.report.residual[0] < first and last < first and out.images.shape == (1, 3, SIZE, SIZE)
     pipe.save_pretrained(tmp_path)
-    assert type(VMLRestoreXLPipeline.from_pretrained(tmp_path).unet) is type(pipe.unet)
+    assert type(cls.from_pretrained(tmp_path).vae) is type(pipe.vae)
 
 
-def test_xl_restore_has_the_names_and_defaults_of_stock():
-    stock = inspect.signature(StableDiffusionXLPipeline.__call__).parameters
-    ours = inspect.signature(VMLRestoreXLPipeline.__call__).parameters
-    named = [name for name in ours if ours[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    assert named == [name for name in stock if name not in ("denoising_end", "eta", "guidance_rescale", "kwargs")]
-    assert {name for name in named if ours[name].default != stock[name].default} == {"guidance_scale"}
+@pytest.mark.parametrize("start", ["noise", "measurement"])
+def test_sd3_restores_from_noise_and_from_the_measurement(start):
+    """A batch is what its images are alone; networks in float64, for their rounding grows along the way."""
+    parts = tiny.sd3_components()
+    for name in ("transformer", "vae"):
+        nn.Module.to(parts[name], torch.float64)
+    pipe, operator = build(VMLRestoreSD3Pipeline, parts), Downsample(4)
+    y = torch.rand(2, 3, SIZE // 4, SIZE // 4, generator=seeds(3)[0])
+    call = {"y": y, "operator": operator, "height": SIZE, "width": SIZE, "num_inference_steps": 12, "start": start}
+    out = pipe(["a hat", "a cup"], **call, generator=seeds(0, 1), output_type="pt", return_report=True)
+    alone = pipe("a cup", **call | {"y": y[1:]}, generator=seeds(1), output_type="pt")
+    assert torch.allclose(out.images[1:], alone.images, atol=2e-3)
+    noises = [level["sigma"] / max(level["alpha"], 1e-9) for level in out.report.trace]
+    assert (noises[0] > 5) is (start == "noise")
+
+
+def test_restoring_pipelines_have_the_names_and_defaults_of_stock():
+    left_out = ("denoising_end", "eta", "guidance_rescale", "kwargs")
+    for cls, stock, _ in RESTORING.values():
+        theirs, ours = (inspect.signature(c.__call__).parameters for c in (stock, cls))
+        named = [name for name in ours if ours[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        assert named == [name for name in theirs if name not in left_out and not name.startswith("skip_")]
+        assert {name for name in named if ours[name].default != theirs[name].default} <= {"guidance_scale", "prompt"}
 
 
 def flow_prior(**flow):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
     from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
     from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
+    from vml_ldm.pipelines.vml_restore_sd3 import VMLRestoreSD3Pipeline
     from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
     from vml_ldm.pixels import CallablePrior, karras_scales
     from vml_ldm.proximal import Proximal
@@ -80,6 +81,7 @@ __all__ = [
     "VMLInpaintSD3Pipeline",
     "VMLInpaintXLPipeline",
     "VMLRestorePipeline",
+    "VMLRestoreSD3Pipeline",
     "VMLRestoreXLPipeline",
     "__version__",
     "bundled_model",
@@ -111,6 +113,7 @@ _NAMES = {
     "pipelines.vml_inpaint_sd3": ["VMLInpaintSD3Pipeline"],
     "pipelines.vml_inpaint_xl": ["VMLInpaintXLPipeline"],
     "pipelines.vml_restore": ["VMLRestorePipeline"],
+    "pipelines.vml_restore_sd3": ["VMLRestoreSD3Pipeline"],
     "pipelines.vml_restore_xl": ["VMLRestoreXLPipeline"],
     "pixels": ["CallablePrior", "karras_scales"],
     "proximal": ["Proximal"],

@@ -10,7 +10,7 @@ INDEX = "model_index.json"
 FAMILIES = {  # by diffusers' names: the public name of the pipeline for each kind of task
     "stable-diffusion": {"inpaint": "VMLInpaintPipeline", "restore": "VMLRestorePipeline"},
     "stable-diffusion-xl": {"inpaint": "VMLInpaintXLPipeline", "restore": "VMLRestoreXLPipeline"},
-    "stable-diffusion-3": {"inpaint": "VMLInpaintSD3Pipeline"},
+    "stable-diffusion-3": {"inpaint": "VMLInpaintSD3Pipeline", "restore": "VMLRestoreSD3Pipeline"},
 }
 ONE = ("stable-diffusion",)  # what the page, the demo and the benchmark serve
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
