@@ -53,6 +53,7 @@ RULES = {
     "vml_ldm.presets": Rule(5, frozenset()),
     "vml_ldm.red": Rule(5, frozenset({"torch"})),
     "vml_ldm.adapters": Rule(5, frozenset()),
+    "vml_ldm.adapters.deepinv": Rule(5, frozenset({"torch"})),
     "vml_ldm.adapters.diffusers": Rule(5, frozenset({"torch", "numpy", "diffusers"})),
     "vml_ldm.adapters.comfyui": Rule(
         5,

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vml_ldm.adapters.deepinv import VMLReconstructor
     from vml_ldm.assets import bundled_model
     from vml_ldm.images.masks import edit_mask
     from vml_ldm.objective import vml_bracket, vml_gradient, vml_loss, vml_trace_gradient
@@ -80,6 +81,7 @@ __all__ = [
     "VMLInpaintPipeline",
     "VMLInpaintSD3Pipeline",
     "VMLInpaintXLPipeline",
+    "VMLReconstructor",
     "VMLRestorePipeline",
     "VMLRestoreSD3Pipeline",
     "VMLRestoreXLPipeline",
@@ -99,6 +101,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "adapters.deepinv": ["VMLReconstructor"],
     "assets": ["bundled_model"],
     "images.masks": ["edit_mask"],
     "objective": ["vml_bracket", "vml_gradient", "vml_loss", "vml_trace_gradient"],
