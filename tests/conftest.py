@@ -13,7 +13,13 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+CORE = {f"test_{name}.py" for name in ("loss", "objective", "optimize", "proximal", "red", "solve", "spread")}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in CORE:
+            item.add_marker(pytest.mark.core)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -104,3 +105,19 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def test_what_the_roots_pages_link_to_is_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+WALK = re.findall(
+    r"^\|[^|]+\| `([^`]+\.py)` `([^`]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
+)
+
+
+@pytest.mark.parametrize(("file", "name"), WALK)
+def test_the_walk_through_a_call_names_what_there_is(file: str, name: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        (tree,) = (node for node in tree.body if getattr(node, "name", None) == part)
+
+
+def test_the_walk_is_whole() -> None:
+    assert len(WALK) == 14
