@@ -18,8 +18,9 @@ _PER_IMAGE = ("latents", "generator")
 
 
 def can_be_split(a: SimpleNamespace) -> bool:
-    """Whether a call's arguments say what belongs to which image; an IP-Adapter's pictures do not."""
-    return a.ip_adapter_image is None and a.ip_adapter_image_embeds is None
+    """Whether a call's arguments say what belongs to which image; pictures of an IP-Adapter or a ControlNet do not."""
+    pictures = (a.ip_adapter_image, a.ip_adapter_image_embeds, getattr(a, "control_image", None))
+    return all(given is None for given in pictures)
 
 
 def rows_of(a: SimpleNamespace, rows: list[int], **own) -> SimpleNamespace:

@@ -175,7 +175,8 @@ class InpaintingMixin:
         size = {"height": a.height, "width": a.width}
         overlay = None
         if a.padding_mask_crop is not None:
-            size |= {"resize_mode": "fill", "crops_coords": self._crop(a)}
+            a.cropped = {"resize_mode": "fill", "crops_coords": self._crop(a)}
+            size |= a.cropped
             overlay = self._overlay(a, size["crops_coords"])
         pixels, known = read_frame(self._decoded(a), a.mask_image, self._processor(), **size)
         if pixels.shape[2:] != known.shape[2:]:

@@ -6,6 +6,7 @@ import diffusers
 from diffusers.pipelines import auto_pipeline as automatic
 
 from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+from vml_ldm.pipelines.vml_inpaint_controlnet import VMLControlNetInpaintPipeline
 from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
 from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
 from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
@@ -14,6 +15,7 @@ from vml_ldm.pipelines.vml_restore_xl import VMLRestoreXLPipeline
 
 _INPAINTING = {  # by diffusers' name of the family
     "stable-diffusion": VMLInpaintPipeline,
+    "stable-diffusion-controlnet": VMLControlNetInpaintPipeline,
     "stable-diffusion-xl": VMLInpaintXLPipeline,
     "stable-diffusion-3": VMLInpaintSD3Pipeline,
 }

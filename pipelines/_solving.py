@@ -179,7 +179,7 @@ class SolvingMixin:
         a.width = a.width or config.sample_size * self.vae_scale_factor
         a.num_images_per_prompt = a.num_images_per_prompt or 1
         a.callback, a.callback_steps = getattr(a, "callback", None), getattr(a, "callback_steps", None)
-        self.check_inputs(**{name: getattr(a, name) for name in inspect.signature(self.check_inputs).parameters})
+        self._check_as_stock(a)
         self._check_scheduler(self.scheduler)
         if config.in_channels not in channels:
             network = {"unet": "UNet"}.get(self._denoiser_name, self._denoiser_name)
@@ -197,6 +197,10 @@ class SolvingMixin:
         self._guidance_scale, self._clip_skip = a.guidance_scale, a.clip_skip
         self._interrupt = getattr(a, "interrupted", False)  # in a group of images before this one
         self._remember(a)
+
+    def _check_as_stock(self, a: SimpleNamespace) -> None:
+        """Refuse what the stock pipeline refuses."""
+        self.check_inputs(**{name: getattr(a, name) for name in inspect.signature(self.check_inputs).parameters})
 
     def _check_gradient_vae(self, a: SimpleNamespace) -> None:
         """Refuse a small decoder of other latents, and one that was asked for and is not there."""
@@ -271,7 +275,7 @@ class SolvingMixin:
 
     def _new_prior(self, conditions: list[dict]) -> GuidedPrior:
         """The prior of this pipeline's networks; two conditions are the negative prompt's and the prompt's."""
-        return self._prior_class(
+        return self._prior_of(
             **{self._denoiser_name: self._denoiser},
             vae=self.vae,
             scheduler=self.scheduler,
@@ -280,6 +284,9 @@ class SolvingMixin:
             guidance_scale=self.guidance_scale,
             guidance_rescale=getattr(self, "_guidance_rescale", 0.0),
         )
+
+    def _prior_of(self, **given) -> GuidedPrior:
+        return self._prior_class(**given)
 
     def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
         """Give the prior what callbacks may have changed."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vml_ldm.optimize import InnerStep
     from vml_ldm.pipelines._registering import register
     from vml_ldm.pipelines.vml_inpaint import VMLInpaintPipeline
+    from vml_ldm.pipelines.vml_inpaint_controlnet import VMLControlNetInpaintPipeline
     from vml_ldm.pipelines.vml_inpaint_sd3 import VMLInpaintSD3Pipeline
     from vml_ldm.pipelines.vml_inpaint_xl import VMLInpaintXLPipeline
     from vml_ldm.pipelines.vml_restore import VMLRestorePipeline
@@ -78,6 +79,7 @@ __all__ = [
     "RedDiff",
     "Solution",
     "Subsample",
+    "VMLControlNetInpaintPipeline",
     "VMLInpaintPipeline",
     "VMLInpaintSD3Pipeline",
     "VMLInpaintXLPipeline",
@@ -113,6 +115,7 @@ _NAMES = {
     "optimize": ["InnerStep"],
     "pipelines._registering": ["register"],
     "pipelines.vml_inpaint": ["VMLInpaintPipeline"],
+    "pipelines.vml_inpaint_controlnet": ["VMLControlNetInpaintPipeline"],
     "pipelines.vml_inpaint_sd3": ["VMLInpaintSD3Pipeline"],
     "pipelines.vml_inpaint_xl": ["VMLInpaintXLPipeline"],
     "pipelines.vml_restore": ["VMLRestorePipeline"],

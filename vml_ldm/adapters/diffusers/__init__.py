@@ -1,6 +1,7 @@
 """diffusers as a host: its models as a `Prior`, its schedulers as a `Schedule`."""
 
 from ...objective import NonFiniteError
+from .control import COND, SIDE, Control, ControlledPrior
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
 from .memory import Chosen, Fitted, Plan, StepDown, choose, free_bytes, parse_memory, plans
@@ -10,8 +11,12 @@ from .schedule import SchedulerLevels, check_count, check_scheduler, scheduler_l
 from .unconditional import LDMPrior, PixelPrior
 
 __all__ = [
+    "COND",
     "FLOW_SCHEDULERS",
+    "SIDE",
     "Chosen",
+    "Control",
+    "ControlledPrior",
     "Fitted",
     "FlowPrior",
     "Footprints",

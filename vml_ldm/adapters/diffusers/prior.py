@@ -15,7 +15,7 @@ from .network import Autoencoded
 from .precision import cast
 from .unet import UNetPrior
 
-_EMBEDDINGS = ("image_embeds", "ip_adapter_image_embeds")  # of IP-Adapters, a tensor for each
+_LISTS = ("image_embeds", "ip_adapter_image_embeds", "controlnet_cond")  # a tensor for each adapter or network
 _ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")  # of a UNet, of a transformer
 
 
@@ -121,7 +121,7 @@ def joined(negative: dict, positive: dict) -> dict:
 def _joined(name: str, first, second):
     if isinstance(second, Tensor):
         return torch.cat([first, second])
-    if isinstance(second, (list, tuple)) and name in _EMBEDDINGS:
+    if isinstance(second, (list, tuple)) and name in _LISTS:
         return [torch.cat(pair) for pair in zip(first, second, strict=True)]
     if isinstance(second, dict) and name != "cross_attention_kwargs":
         return joined(first, second)
