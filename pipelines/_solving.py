@@ -338,7 +338,8 @@ class SolvingMixin:
             return choose(a.memory, way, lambda plan: footprints().need(plan, drafting), free, latents, taken)
 
         if a.memory not in ("fast", "low"):
-            prior.steps = StepDown(ladder(self.vae))
+            ways = ladder(self.vae)  # parts are not drawn in tiles
+            prior.steps = StepDown(ways if parts is None else [plan for plan in ways if plan.tiles is None])
         full = pick(self.vae)
         fitted = Fitted.of(full, None if draft is None else pick(draft, full.predicted or 0))
         prior.plan, prior.draft_plan = fitted.full.plan, fitted.draft and fitted.draft.plan

@@ -584,19 +584,21 @@ def test_what_no_plan_can_hold_raises_as_the_device_does():
     assert other.steps.plan(Plan()) == Plan()
 
 
-def test_guidance_goes_one_by_one_where_a_batch_of_both_prompts_is_too_large(pipe, caplog):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_guidance_goes_one_by_one_where_a_batch_of_both_prompts_is_too_large(pipe, caplog, batch):
     guided, sizes = {"guidance_scale": 7.5, "inner_steps": None, "preset": "fast"}, []
+    guided |= {"image": PICTURE[:batch], "prompt": ["a"] * batch}
     found = solve(pipe, **guided)
 
     def hook(module, args):
         sizes.append(len(args[0]))
-        if len(args[0]) > 2:
+        if len(args[0]) > batch:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     pipe.unet.register_forward_pre_hook(hook)
     with caplog.at_level("INFO"):
         again = solve(pipe, **guided)
-    assert sizes[0] == 4 and set(sizes[1:]) == {2}
+    assert sizes[0] == 2 * batch and set(sizes[1:]) == {batch}
     assert relative(again.images, found.images) < 1e-4 and again.report.calls == found.report.calls
     assert sum("both prompts in one batch" in r.getMessage() for r in caplog.records) == 1
     with pytest.raises(torch.OutOfMemoryError):

@@ -152,7 +152,8 @@ class StepDown:
     """
 
     def __init__(self, ladder: Iterable[Plan] = ()):
-        self._next = dict(pairwise(plan for plan in ladder if not plan.free))
+        ladder = [plan for plan in ladder if not plan.free]
+        self._next, self._steps = dict(pairwise(ladder)), bool(ladder)
         self._left: set[Plan | str] = set()
 
     def plan(self, plan: Plan) -> Plan:
@@ -195,7 +196,7 @@ class StepDown:
             try:
                 return fast()
             except RuntimeError as error:
-                if not self._next or not is_out_of_memory(error):
+                if not self._steps or not is_out_of_memory(error):
                     raise
             self._left.add(what)
             logger.info("memory ran out with %s; the solve goes on without", what)
