@@ -45,7 +45,13 @@ def test_the_test_exists(test: str) -> None:
     assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("inpainting.md", "restoration.md", "extending.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / name
+        for name in ("inpainting.md", "restoration.md", "extending.md", "memory.md", "callbacks.md")
+    ),
+]
 
 
 def blocks_of(page: Path) -> list[str]:
@@ -77,6 +83,7 @@ def test_every_line_of_python_runs(page: Path, tmp_path: Path, monkeypatch) -> N
     mask.save("mask.png")
     thumbnail = Image.new("RGB", (32, 32), (90, 160, 70))
     scope = {"bundled": bundled_model(), "folder": bundled_model(), "thumbnail": thumbnail, "mask": mask}
+    scope["photo"] = Image.new("RGB", (128, 128), (200, 80, 60))
     blocks = blocks_of(page)
     assert blocks
     if page.name != "README.md":  # guides go on where the README ends
