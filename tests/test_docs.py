@@ -128,3 +128,22 @@ def test_the_walk_through_a_call_names_what_there_is(file: str, name: str) -> No
 
 def test_the_walk_is_whole() -> None:
     assert len(WALK) == 14
+
+
+DEFAULTS = [
+    (value, module, name)
+    for values, places in re.findall(
+        r"^\|[^|]+\| (`[^|]+`) \| (`[^|]+`) \|", (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8"), re.M
+    )
+    for value, place in zip(re.findall("`([^`]+)`", values), re.findall("`([^`]+)`", places), strict=True)
+    for module, _, name in [(places.strip("`").split("`")[0].rpartition(".")[0], *place.rpartition(".")[1:])]
+]
+
+
+@pytest.mark.parametrize(("value", "module", "name"), DEFAULTS)
+def test_the_page_of_defaults_has_the_code_s_numbers(value: str, module: str, name: str) -> None:
+    assert getattr(importlib.import_module(module), name) == ast.literal_eval(value)
+
+
+def test_the_page_of_defaults_is_whole() -> None:
+    assert len(DEFAULTS) == 25
