@@ -142,3 +142,27 @@ def test_the_command_line_refuses_before_any_work(options, said, tmp_path, capsy
     except SystemExit as stop:
         status = stop.code
     assert status == 2 and said in capsys.readouterr().err
+
+
+def test_a_folder_is_outpainted_without_masks(tmp_path):
+    (tmp_path / "in").mkdir()
+    pictures = {name: Image.effect_noise((64, 64), 40).convert("RGB") for name in ("a", "b")}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / "in" / f"{name}.png")
+    command = [
+        "batch",
+        str(tmp_path / "in"),
+        "-o",
+        str(tmp_path / "out"),
+        "--task",
+        "inpaint",
+        "--outpaint",
+        "0,0,32,0",
+    ]
+    assert main([*command, "--steps", "4", "--preset", "fast"]) == 0
+    for name, picture in pictures.items():
+        with Image.open(tmp_path / "out" / f"{name}.png") as wide:
+            assert wide.size == (96, 64)
+            assert np.array_equal(np.asarray(wide.crop((0, 0, 64, 64))), np.asarray(picture))
+    line = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert "margins" in json.dumps(line)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Prior, PullBack, Whole, decode_pullback, denoise_pullback, guided
+from .objective import Prior, PullBack, T, Whole, checked, decode_pullback, denoise_pullback, guided
 from .operators import own
 
 _NEAR = 4  # cells of the latent around a hole that move and are measured
@@ -164,6 +164,15 @@ class CloseUp:
                 cut = [among[d.places[k]] for k in kept] if d.places else []
                 part._drawn.append(d._replace(images=[places[d.images[k]] for k in kept], places=cut))
         return part
+
+    def checked(self, work: Callable[[], T]) -> T:
+        """The prior's. What was drawn of the whole is drawn again with it."""
+
+        def anew() -> T:
+            self._level = None
+            return work()
+
+        return checked(self.prior, anew)
 
     @property
     def calls(self):

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .objective import Prior, Whole, decode_linear, decode_pullback, denoise_pullback, guided
+from .objective import Prior, T, Whole, checked, decode_linear, decode_pullback, denoise_pullback, guided
 
 
 class Stopped(Exception):
@@ -121,6 +121,10 @@ class Metered:
         """The prior's, on the same counts."""
         select = getattr(self.prior, "select", None)
         return select and (lambda rows, batch: self._counting(select(rows, batch), self.decoder))
+
+    def checked(self, work: Callable[[], T]) -> T:
+        """The prior's. Calls of work that is done again count again."""
+        return checked(self.prior, work)
 
     def drafting(self, prior: Prior) -> Metered:
         """Another prior on the same counts, its decoder's as "draft"; it stops with this one."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from .operators import Measurement, column, dot, is_whole, squares, uncast
 
 PullBack = Callable[[Tensor], Tensor]
 PushForward = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 class NonFiniteError(FloatingPointError):
@@ -57,6 +58,8 @@ class Prior(Protocol):
     ``log_prob(x_t, alpha, sigma) -> (B,)`` is the log-density of x_t, which few priors know; only `vml_loss` asks.
     ``select(rows, batch) -> Prior`` is the prior of some images of a batch of so many, by their places (n,), which
     rise: with their prompts, for as long as a level lasts. Images at rest then leave the batch (None: they do not).
+    ``checked(work) -> work()`` is asked for a level's work, which it may do more than once: networks of half precision,
+    whose overflow is mended in float32, are then looked at once at its end and not after each call.
     ``decode_whole(z) -> Whole`` is for a decoder that draws a part of a latent differently from that part in the whole,
     as norms and attention over all of the image do (None: it draws parts as they are).
     """
@@ -244,6 +247,11 @@ def vml_loss(
 def guided(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
     """``D_w(x_t)``, the prior's estimate with its guidance; `denoise` where it has none."""
     return getattr(prior, "guided", prior.denoise)(x_t, alpha, sigma)
+
+
+def checked(prior: Prior, work: Callable[[], T]) -> T:
+    """``work()``, a level's: once more where a network of the prior overflowed in it, if the prior sees to that."""
+    return getattr(prior, "checked", lambda work: work())(work)
 
 
 def denoise_pullback(prior: Prior, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, PullBack]:

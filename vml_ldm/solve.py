@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .metering import Metered
-from .objective import Prior
+from .objective import Prior, checked
 from .operators import Measurement, is_whole
 from .optimize import JACOBIANS, InnerStep, descend
 from .proximal import Proximal, Settle, correct, proximal_step
@@ -300,23 +300,28 @@ def vml_levels(
 
 def _levels(x_t, levels, measurement, schedule, jacobian, stop_at, generator, step, proximal, end):
     count = len(levels)
+
+    def level(x_t, prior, alpha, sigma, inner_steps, last):
+        inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
+            x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
+            steps=inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
+        )  # fmt: skip
+        return end(inner, prior, alpha, sigma, last=last)
+
     for i, (prior, inner_steps) in enumerate(levels):
         alpha, sigma = schedule.scales(i)
         alone = proximal is not None and proximal.is_alone(alpha, sigma)
+        work = partial(level, x_t, prior, alpha, sigma, 0 if alone else inner_steps, i + 1 == count)
         with torch.no_grad():
-            inner = descend(  # K times: x_t <- x_t - eta grad VML_S(x_t)
-                x_t, prior=prior, measurement=measurement, alpha=alpha, sigma=sigma,
-                steps=0 if alone else inner_steps, jacobian=jacobian, stop_at=stop_at, step=step,
-            )  # fmt: skip
-            inner = end(inner, prior, alpha, sigma, last=i + 1 == count)
+            inner = checked(prior, work)
             z0 = inner.z0_hat  # D(x_t), or what a proximal step made of it
             stopped = i + 1 == count < len(schedule)
             x_next = z0 if stopped else schedule.step(i, inner.x_t, z0, generator)  # noised to the next level
         drawn = inner._asdict() | {"x_next": x_next}
         del drawn["x_t"]
-        level = Level(i, alpha, sigma, **drawn)
-        yield level
-        x_t = level.x_next
+        ended = Level(i, alpha, sigma, **drawn)
+        yield ended
+        x_t = ended.x_next
 
 
 def _end(inner, prior, alpha, sigma, last, *, full, draft, measurement, stop_at, settle, proximal, correct_steps):

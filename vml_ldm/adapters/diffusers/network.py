@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ...holding import Holding, Window, is_local
-from ...objective import PullBack, Whole
+from ...objective import PullBack, T, Whole
 from .memory import Plan, StepDown
 from .pieces import by_image, in_tiles, run_again, with_decoder
 from .precision import Guard
@@ -64,6 +64,10 @@ class NetworkPrior:
         self._guard.checkpoint(plan.checkpointed, *self._networks())
         rerun = "whole" if plan.denoiser_again else ""
         return self._guard.pullback(self._name, self._network, lambda x: self._denoise(x, alpha, sigma), x_t, rerun)
+
+    def checked(self, work: Callable[[], T]) -> T:
+        """A level's work, see `Guard.checked`."""
+        return self._guard.checked(work)
 
     def select(self, rows: Tensor, batch: int) -> NetworkPrior:
         """The prior of some images of a batch, see `vml_ldm.objective.Prior`: here the same for all images."""
@@ -230,7 +234,7 @@ class Draft:
 
     def _serve(self, prior: Autoencoded) -> None:
         self._prior = prior
-        self.denoise, self.encode = prior.denoise, prior.encode
+        self.denoise, self.encode, self.checked = prior.denoise, prior.encode, prior.checked
         self.guided = getattr(prior, "guided", prior.denoise)
 
     @property

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from ...objective import NonFiniteError, PullBack, at_unit_size, pullback
+from ...objective import NonFiniteError, PullBack, T, at_unit_size, pullback
 
 _HALF = (torch.float16, torch.bfloat16)
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets in modules
@@ -43,6 +43,8 @@ class Guard:
         self._checkpointed = 0
         self._checkpointing: list[tuple[nn.Module, tuple[str, ...], dict]] = []
         self._scalings: list[tuple[dict, dict]] = []
+        # within `checked`: of each call its name, its network, and whether what it gave is finite, on the device
+        self._given: list[tuple[str, nn.Module, Tensor]] | None = None
 
     def freeze(self, *networks: nn.Module) -> None:
         """Switch off the weights' gradients, so that graphs keep what the state's gradient needs and no more.
@@ -148,6 +150,32 @@ class Guard:
         """
         return self._finite(name, network, lambda: (function(),))[0]
 
+    def checked(self, work: Callable[[], T]) -> T:
+        """``work()``, whose network calls are looked at all together when it ends, by one wait for the device.
+
+        Where a network gave what is not finite, it goes on in float32 and the work is done again.
+
+        Raises:
+            NonFiniteError: NaN or infinity in float32.
+        """
+        if self._given is not None:  # within another's work
+            return work()
+        while True:
+            self._given, failed = [], None
+            try:
+                result = work()
+            except NonFiniteError as error:  # of what such a network gave
+                failed = error
+            finally:
+                given, self._given = self._given, None
+            wrong = _first_wrong(given)
+            if wrong is not None:
+                self._lift(*wrong)
+            elif failed is not None:
+                raise failed
+            else:
+                return result
+
     def pullback(
         self,
         name: str,
@@ -199,6 +227,9 @@ class Guard:
         """run(), a tuple whose first item must be finite; otherwise `again` (the same, if None) in float32."""
         with self._precision(network):
             result = run()
+        if self._given is not None:
+            self._given.append((name, network, torch.isfinite(result[0]).all()))
+            return result
         if _is_finite(result[0]):
             return result
         self._lift(name, network)
@@ -340,6 +371,12 @@ def device_of(network: nn.Module, x: Tensor) -> torch.device:
 
 def _is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
+
+
+def _first_wrong(given: list[tuple[str, nn.Module, Tensor]]) -> tuple[str, nn.Module] | None:
+    """Name and network of the first call that gave what is not finite; what came after may be wrong by it."""
+    flags = torch.stack([finite for *_, finite in given]).tolist() if given else []
+    return next((call for (*call, _), finite in zip(given, flags, strict=True) if not finite), None)
 
 
 def _message(name: str) -> str:
