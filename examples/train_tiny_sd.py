@@ -1,6 +1,8 @@
 """Train the bundled checkpoint: a small but genuine Stable Diffusion 1.x, on Fluent Emoji 3D, on two CPU cores.
 
-    python examples/train_tiny_sd.py --output runs/tiny-sd/export
+    python examples/train_tiny_sd.py --output runs/emoji-sd-128/export
+
+    python examples/train_tiny_sd.py --device cuda --output runs/emoji-sd-128/export
 
 One command gets the images (``npm pack``, or ``--data FOLDER``), splits them by base emoji, trains the autoencoder,
 caches its latents, trains the UNet together with the text encoder, exports a folder that stock diffusers loads, and
@@ -19,7 +21,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,19 +39,17 @@ from vml_ldm.evaluation.metrics import EfficientNetLiteFeatures, PerceptualDista
 
 SIZE = 128
 WIDTH, TOKENS = 128, 32  # of the text encoder
-# Shares of prompts that are empty, have made-up words, are another image's: of the UNet's first training, and of the
-# second, in which seven of ten prompts are the image's own.
-FIRST, SECOND = (0.12, 0.25, 0.2), (0.1, 0.15, 0.05)
+# Shares of prompts that are empty, have made-up words, are another image's.
+Shares = tuple[float, float, float]
+FIRST: Shares = (0.12, 0.25, 0.2)
+SECOND: Shares = (0.1, 0.1, 0.05)  # then on, mostly with the images' own prompts
+# From this time step on it is mostly the prompt that tells what the image is; so many of the second training's
+# steps are drawn there alone, the others from all.
+TOLD, TOLD_SHARE = 350, 0.65
 PERCEPTUAL = 0.1  # weight of the perceptual term
-TRAIN_SHEET = (
-    "red heart",
-    "rocket",
-    "blue book",
-    "crown",
-    "strawberry",
-    "grinning face",
-    "lion",
-    "soccer ball",
+TRAIN_SHEET = (  # names that everybody knows
+    *("red heart", "rocket", "blue book", "crown", "strawberry", "grinning face", "lion", "soccer ball"),
+    *("pizza", "guitar", "octopus", "umbrella", "sunflower", "alarm clock", "unicorn", "wrapped gift"),
 )
 
 
@@ -109,10 +109,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale
         parts = zip(*(tensor.chunk(len(self.replicas)) for tensor in batch), strict=True)
-        jobs = [
-            self.pool.submit(self._gradients, loss_of, r, part) for r, part in zip(self.replicas, parts, strict=True)
-        ]
-        values = torch.tensor([job.result() for job in jobs]).mean(0).tolist()
+        work = list(zip(self.replicas, parts, strict=True))
+        if len(work) == 1:  # in this thread, whose default device it is
+            found = [self._gradients(loss_of, *work[0])]
+        else:
+            jobs = [self.pool.submit(self._gradients, loss_of, *part) for part in work]
+            found = [job.result() for job in jobs]
+        values = torch.tensor(found).mean(0).tolist()
         for replica in self.replicas[1:]:
             others = [p.grad for module in replica.values() for p in module.parameters()]
             torch._foreach_add_([p.grad for p in self.parameters], others)
@@ -159,7 +162,7 @@ class Run:
         part.replace(self.file)
 
     def _load(self) -> None:
-        saved = torch.load(self.file, map_location="cpu", weights_only=True)
+        saved = torch.load(self.file, map_location=torch.get_default_device(), weights_only=True)
         for key, module in self.modules.items():
             module.load_state_dict(saved["modules"][key])
             self.ema[key].load_state_dict(saved["ema"][key])
@@ -168,7 +171,12 @@ class Run:
 
 
 def bfloat16() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(torch.get_default_device().type, torch.bfloat16)
+
+
+def placed(x: torch.Tensor | torch.nn.Module):
+    """What came from files, a tensor or a network, where the training is."""
+    return x.to(torch.get_default_device())
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -219,7 +227,7 @@ def vae_batch(
         if size < SIZE and rng.random() < 0.25:
             image = image[rng.sample(range(3), 3)]  # other colours; white stays white
         batch.append(image)
-    return torch.stack(batch).contiguous(memory_format=torch.channels_last)
+    return placed(torch.stack(batch)).contiguous(memory_format=torch.channels_last)
 
 
 def vae_loss(modules: dict, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,8 +272,13 @@ def colour_residual(latents: torch.Tensor, colours: torch.Tensor) -> torch.Tenso
     features = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0).movedim(1, -1).flatten(0, 2)
     targets = colours.movedim(1, -1).flatten(0, 2)
     fixed = features.detach()
-    gram = fixed.T @ fixed + 1e-3 * len(fixed) * torch.eye(fixed.shape[1])
+    gram = fixed.T @ fixed + 1e-3 * len(fixed) * torch.eye(fixed.shape[1], device=fixed.device)
     return targets - features @ torch.linalg.solve(gram, fixed.T @ targets)
+
+
+def untouched(items: list[data.Item]) -> torch.Tensor:
+    """Images as they are evaluated, where the training is."""
+    return placed(data.untouched(items))
 
 
 @torch.no_grad()
@@ -280,12 +293,12 @@ def train_vae(args, train: list[data.Item], validation: list[data.Item]) -> Auto
     if run.progress < 1 and not args.export_only:
         rng = random.Random(data.SEED + run.step)
         originals, weights = data.load_originals(train), data.sampling_weights(train)
-        checks = data.untouched(validation[::4])
+        checks = untouched(validation[::4])
         run.fit(
             lambda: run.update(vae_loss, vae_batch(originals, weights, run.progress, rng)),
             lambda: {"validation_psnr": psnr(round_trip(run.ema["vae"], checks), checks).mean().item()},
         )
-    return standardise(run.ema["vae"], data.untouched(train[::8]))
+    return standardise(run.ema["vae"], untouched(train[::8]))
 
 
 @torch.no_grad()
@@ -312,9 +325,9 @@ def tune_decoder(args, vae: AutoencoderKL, train: list[data.Item], validation: l
     if run.progress < 1 and not args.export_only:
         rng = random.Random(data.SEED + run.step)
         originals, weights = data.load_originals(train), data.sampling_weights(train)
-        checks = data.untouched(validation[::4])
+        checks = untouched(validation[::4])
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in checks.split(8)]).detach()
-        perceptual, distance = Perceptual(), PerceptualDistance()
+        perceptual, distance = placed(Perceptual()), placed(PerceptualDistance())
 
         def loss_of(modules, images):
             with torch.no_grad(), bfloat16():
@@ -360,7 +373,7 @@ class Drawings:
     MOST = 4096
 
     def __init__(self, models: dict):
-        self.vae, self.unet, self.alphas = models["vae"], models["unet"], new_scheduler().alphas_cumprod
+        self.vae, self.unet, self.alphas = models["vae"], models["unet"], placed(new_scheduler().alphas_cumprod)
         with torch.no_grad():
             self.empty = models["text_encoder"](tokenize(models["tokenizer"], [""])).last_hidden_state
         self.z = torch.empty(self.MOST, 4, SIZE // 8, SIZE // 8)
@@ -405,7 +418,7 @@ def train_tiny_vae(args, models: dict, train: list[data.Item], validation: list[
     if run.progress < 1 and not args.export_only:
         rng = random.Random(data.SEED + run.step)
         originals, weights = data.load_originals(train), data.sampling_weights(train)
-        checks = data.untouched(validation[::4])
+        checks = untouched(validation[::4])
         vae, drawings = models["vae"], Drawings(models)
         latents = [vae.encode(part).latent_dist.mode() for part in checks.split(8)]
         targets = torch.cat([vae.decode(part).sample for part in latents])
@@ -477,7 +490,8 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    return tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+    found = tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+    return placed(found)
 
 
 def tokenized(tokenizer: CLIPTokenizer, train: list[data.Item]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -526,7 +540,7 @@ def cache_latents(args, vae: AutoencoderKL, train: list[data.Item]) -> tuple[tor
     evaluated; the others (six, or two for an emoji that has variants) are zoomed, moved and half of them flipped."""
     file = args.work / "latents.pt"
     if not file.exists():
-        rng, originals, whole = random.Random(data.SEED), data.load_originals(train), data.untouched(train)
+        rng, originals, whole = random.Random(data.SEED), data.load_originals(train), untouched(train)
         owners = [i for i, weight in enumerate(data.sampling_weights(train)) for _ in range(7 if weight == 1 else 3)]
         firsts, latents = {owner: row for row, owner in reversed(list(enumerate(owners)))}, []
 
@@ -538,15 +552,16 @@ def cache_latents(args, vae: AutoencoderKL, train: list[data.Item]) -> tuple[tor
             images = torch.stack([copy_of(row) for row in range(start, min(start + 32, len(owners)))])
             with bfloat16():
                 images = images.contiguous(memory_format=torch.channels_last)
-                latents.append(vae.encode(images).latent_dist.mode().half())
-        torch.save({"latents": torch.cat(latents), "owners": torch.tensor(owners)}, file)
-    saved = torch.load(file, weights_only=True)
-    return saved["latents"], saved["owners"]
+                latents.append(vae.encode(placed(images)).latent_dist.mode().half().cpu())
+        torch.save({"latents": torch.cat(latents), "owners": torch.tensor(owners, device="cpu")}, file)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    return placed(saved["latents"]), placed(saved["owners"])
 
 
-def copy_weights(train: list[data.Item], owners: torch.Tensor) -> torch.Tensor:
-    """How often each copy is drawn: half the time of an image goes to its first, untouched one."""
-    weights, counts = torch.tensor(data.sampling_weights(train)), torch.bincount(owners)
+def copy_weights(train: list[data.Item], owners: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """How often each copy is drawn: half the time of an image goes to its first, untouched one. Of the images' own
+    weights it takes a power."""
+    weights, counts = torch.tensor(data.sampling_weights(train)) ** power, torch.bincount(owners)
     return weights[owners] * torch.where(is_first(owners), 0.5, 0.5 / (counts[owners] - 1))
 
 
@@ -581,11 +596,11 @@ def denoising_error(models: dict, alphas: torch.Tensor, latents, noise, steps, t
 @torch.no_grad()
 def validation_error(models: dict, alphas: torch.Tensor, latents: torch.Tensor, tokens: torch.Tensor) -> float:
     """The error on the validation emoji, at the same four noises and time steps of each at every call."""
-    generator = torch.Generator().manual_seed(data.SEED)
+    generator = torch.Generator("cpu").manual_seed(data.SEED)
     errors = []
     for _ in range(4):
-        noise = torch.randn(latents.shape, generator=generator)
-        steps = torch.randint(1000, (len(latents),), generator=generator)
+        noise = placed(torch.randn(latents.shape, generator=generator, device="cpu"))
+        steps = placed(torch.randint(1000, (len(latents),), generator=generator, device="cpu"))
         errors.append(denoising_error(models, alphas, latents, noise, steps, tokens.expand(len(latents), -1)).mean())
     return torch.stack(errors).mean().item()
 
@@ -643,19 +658,22 @@ def train_diffusion(args, vae: AutoencoderKL, train: list[data.Item], validation
     run = Run("unet", modules, args, args.unet_minutes, 6e-4)
     if run.progress < 1 and not args.export_only:
         scaled = latents.float() * vae.config.scaling_factor
-        fit_diffusion(run, vae, scaled, owners, tokenizer, train, validation, FIRST)
+        by_copy = copy_weights(train, owners)
+        fit_diffusion(run, vae, scaled, owners, tokenizer, train, validation, FIRST, by_copy)
     return {**run.ema, "tokenizer": tokenizer, "vae": vae}
 
 
 def train_words(args, models: dict, train: list[data.Item], validation: list[data.Item]) -> None:
-    """Go on with UNet and text encoder, mostly on the images' own prompts: what was learnt of images stays, and the
-    words come to decide what is drawn."""
+    """Go on with UNet and text encoder, mostly on the images' own prompts, at the noises where these decide, and on an
+    emoji's variants nearly as often as on others: what was learnt of images stays, and every name gets its picture."""
     modules = {key: copy.deepcopy(models[key]).requires_grad_(True) for key in ("unet", "text_encoder")}
-    run = Run("words", modules, args, args.words_minutes, 5e-4)
+    run = Run("words", modules, args, args.words_minutes, 6e-4)
     if run.progress < 1 and not args.export_only:
         latents, owners = cache_latents(args, models["vae"], train)
         scaled = latents.float() * models["vae"].config.scaling_factor
-        fit_diffusion(run, models["vae"], scaled, owners, models["tokenizer"], train, validation, SECOND)
+        copies = copy_weights(train, owners, power=0.5)
+        told = (models["tokenizer"], train, validation)
+        fit_diffusion(run, models["vae"], scaled, owners, *told, SECOND, copies, TOLD_SHARE)
     models.update(run.ema)
 
 
@@ -664,8 +682,8 @@ def started(folder: Path) -> dict:
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     models = {name: getattr(pipe, name) for name in ("unet", "vae", "text_encoder")}
     for module in models.values():
-        module.to(memory_format=torch.channels_last).requires_grad_(False)
-    models["gradient_vae"] = AutoencoderTiny.from_pretrained(folder / "gradient_vae")
+        placed(module).to(memory_format=torch.channels_last).requires_grad_(False)
+    models["gradient_vae"] = placed(AutoencoderTiny.from_pretrained(folder / "gradient_vae"))
     return {**models, "tokenizer": pipe.tokenizer}
 
 
@@ -676,13 +694,17 @@ def loss_weights(alphas: torch.Tensor) -> torch.Tensor:
     return (snr.clamp(max=5) / snr) * (1 / alphas).clamp(max=60)
 
 
-def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation, shares) -> None:
-    """The training loop, with a validation every 300 steps; ``shares`` of the prompts as `FIRST` and `SECOND` say."""
+def fit_diffusion(
+    run: Run, vae, latents, owners, tokenizer, train, validation, shares: Shares, by_copy, told=0.0
+) -> None:
+    """The training loop, with a validation every 300 steps; with these shares of prompts, the copies drawn by their
+    weights ``by_copy``, and a share ``told`` of the time steps from `TOLD` on."""
     blank, made_up, wrong = shares
-    alphas = new_scheduler().alphas_cumprod
-    by_step, by_copy = loss_weights(alphas), copy_weights(train, owners)
+    alphas = placed(new_scheduler().alphas_cumprod)
+    by_step = loss_weights(alphas)
+    by_step[:TOLD] *= 1 + 2 * told  # these are drawn less often
     tokens, garbled, empty = tokenized(tokenizer, train)
-    unseen = round_trip_latents(vae, data.untouched(validation))
+    unseen = round_trip_latents(vae, untouched(validation))
     unseen_tokens = tokenize(tokenizer, [item.prompt for item in validation])
     torch.manual_seed(data.SEED + run.step)
     for module in [module for replica in run.replicas for module in replica.values()]:
@@ -698,7 +720,8 @@ def fit_diffusion(run: Run, vae, latents, owners, tokenizer, train, validation, 
         prompts = torch.where(kind < made_up, any_of(garbled, which), tokens[which])
         prompts = torch.where(kind > 1 - blank - wrong, prompts.roll(1, 0), prompts)
         prompts = torch.where(kind > 1 - blank, empty, prompts)
-        return run.update(loss_of, latents[rows], torch.randint(1000, (32,)), prompts)
+        steps = torch.where(torch.rand(32) < told, torch.randint(TOLD, 1000, (32,)), torch.randint(1000, (32,)))
+        return run.update(loss_of, latents[rows], steps, prompts)
 
     def check() -> dict:
         named = validation_error(run.ema, alphas, unseen, unseen_tokens)
@@ -718,13 +741,13 @@ def round_trip_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor
 def export(models: dict, folder: Path) -> None:
     """The Stable Diffusion 1.x layout: float16 UNet and VAE, float32 text encoder (transformers keeps its type)."""
     for name in ("unet", "vae", "gradient_vae"):
-        module = copy.deepcopy(models[name]).half()
+        module = copy.deepcopy(models[name]).cpu().half()
         module.save_pretrained(folder / name)
     path = folder / "gradient_vae" / "config.json"
     config = json.loads(path.read_text())
     del config["block_out_channels"]  # which its class writes, does not take, and warns of
     path.write_text(json.dumps(config, indent=2) + "\n")
-    models["text_encoder"].save_pretrained(folder / "text_encoder")
+    models["text_encoder"].cpu().save_pretrained(folder / "text_encoder")
     models["tokenizer"].save_pretrained(folder / "tokenizer")
     new_scheduler().save_pretrained(folder / "scheduler")
     index = {
@@ -754,7 +777,7 @@ def report(folder: Path, held_out: list[data.Item]) -> None:
     """Load the export as anyone would; draw its samples, its reconstructions, and print how good its round trip is."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    images = data.untouched(held_out)
+    images = untouched(held_out)
     decoded = round_trip(pipe.vae, images)
     quality = psnr(decoded, images)
     distance, pairs = PerceptualDistance(), zip(decoded.split(8), images.split(8), strict=True)
@@ -763,23 +786,16 @@ def report(folder: Path, held_out: list[data.Item]) -> None:
     print(f"their EfficientNet-Lite0 distance: {apart.mean():.3f}")
     shown = torch.linspace(0, len(images) - 1, 8).long()
     sheet([images[shown], decoded[shown]], folder / "reconstructions.png")
-    unseen = [held_out[int(i)].prompt for i in shown]
-    rows = [
-        pipe(
-            list(prompts),
-            guidance_scale=3.0,
-            num_inference_steps=50,
-            output_type="pt",
-            height=SIZE,
-            width=SIZE,
-            generator=[torch.Generator().manual_seed(n) for n in range(len(prompts))],
-        ).images
-        * 2
-        - 1
-        for prompts in (TRAIN_SHEET, unseen)
-    ]
-    sheet(rows, folder / "samples.png")
-    print(f"prompts of samples.png, second row (held out): {', '.join(unseen)}")
+    unseen = [held_out[int(i)].prompt for i in torch.linspace(0, len(held_out) - 1, len(TRAIN_SHEET)).round()]
+    samples = [draw(pipe, prompts, seed) for seed, prompts in ((0, TRAIN_SHEET), (len(TRAIN_SHEET), unseen))]
+    sheet([row for drawn in samples for row in drawn.split(8)], folder / "samples.png")
+    print(f"samples.png, second half (held out): {', '.join(unseen)}")
+
+
+def draw(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int) -> torch.Tensor:
+    """First tries in [-1, 1] at guidance 5, with a seed for each prompt."""
+    generators = [torch.Generator().manual_seed(seed + n) for n in range(len(prompts))]
+    return pipe(list(prompts), guidance_scale=5.0, generator=generators, output_type="pt").images * 2 - 1
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -788,7 +804,7 @@ def report(folder: Path, held_out: list[data.Item]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of .webp files (default: downloaded through npm)")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny-sd"), help="checkpoints, log, sample sheets")
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji-sd-128"), help="checkpoints, log, sample sheets")
     parser.add_argument("--output", type=Path, help="folder of the exported model (default: WORK/export)")
     parser.add_argument(
         "--export-only", action="store_true", help="export the checkpoints as they are, without training"
@@ -796,22 +812,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=62)
     parser.add_argument("--text-minutes", type=float, default=4)
     parser.add_argument("--unet-minutes", type=float, default=100)
-    parser.add_argument(
-        "--words-minutes",
-        type=float,
-        default=0,
-        help="then on, mostly with the images' own prompts (default: not at all)",
-    )
+    parser.add_argument("--words-minutes", type=float, default=100, help="then on, mostly with the images' own prompts")
     parser.add_argument("--start", type=Path, help="exported checkpoint to go on from, in place of the stages before")
     parser.add_argument("--decoder-minutes", type=float, default=40, help="then train the decoder alone for so long")
     parser.add_argument("--tiny-minutes", type=float, default=30, help="for the small decoder of the gradients")
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to train; both in bfloat16")
+    parser.add_argument("--threads", type=int, default=2, help="that share a batch on a CPU")
+    args = parser.parse_args()
+    args.threads = args.threads if args.device == "cpu" else 1
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(1)  # the batch is split over the threads instead
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # the batch is split over the threads instead
+        torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too: its backward is slow at 16 to 256 tokens
+    torch.set_default_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     items = data.load_items(args.data or data.fetch(args.work / "data"))
     train, held_out, validation = data.split(items)
@@ -829,6 +846,7 @@ def main() -> None:
     if not args.start or args.tiny_minutes:
         models["gradient_vae"] = train_tiny_vae(args, models, train, validation)
     output = args.output or args.work / "export"
+    torch.set_default_device("cpu")
     export(models, output)
     report(output, held_out)
 

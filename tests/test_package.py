@@ -113,7 +113,7 @@ def test_wheel_holds_everything(wheel: Path) -> None:
     wanted = {f"vml_ldm/{path.relative_to(ROOT / 'vml_ldm').as_posix()}" for path in shipped_files()}
     wanted |= {f"vml_ldm/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
     assert wanted - names == set()
-    assert {"vml_ldm/pipelines/vml_inpaint.py", "vml_ldm/assets/tiny-sd/model_index.json"} <= names
+    assert {"vml_ldm/pipelines/vml_inpaint.py", "vml_ldm/assets/emoji-sd-128/model_index.json"} <= names
     assert any(name.endswith("licenses/NOTICE") for name in names)
 
 

@@ -17,7 +17,7 @@ def bundled_model() -> str:
     Raises:
         FileNotFoundError: the installation lacks the checkpoint.
     """
-    folder = _FOLDER / "tiny-sd"
+    folder = _FOLDER / "emoji-sd-128"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"no checkpoint at {folder}; expected a folder with model_index.json. "
