@@ -34,7 +34,8 @@ def test_the_short_form_runs_on_a_cpu(cost, monkeypatch, capsys, tmp_path):
     assert sum(line.startswith(("sd15", "sdxl")) for line in told) == len(found)
     near = next(float(line.split()[6]) for line in told if line.startswith("  bfloat16"))
     assert near > 30  # dB to float32's picture
-    assert told[-1].startswith("two processes at once") and float(told[-1].split()[-1]) == 0
+    assert told[-1].startswith("two processes at once")
+    assert float(told[-1].split()[-1]) < 1e-5  # another number of threads takes sums in another order
 
     monkeypatch.setattr(cost, "measure", lambda *given: pytest.fail("measured again"))
     monkeypatch.setattr(cost, "check_two_processes", lambda *given: None)
