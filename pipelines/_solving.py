@@ -275,7 +275,7 @@ class SolvingMixin:
 
     def _new_prior(self, conditions: list[dict]) -> GuidedPrior:
         """The prior of this pipeline's networks; two conditions are the negative prompt's and the prompt's."""
-        return self._prior_of(
+        return self._prior_class(
             **{self._denoiser_name: self._denoiser},
             vae=self.vae,
             scheduler=self.scheduler,
@@ -284,9 +284,6 @@ class SolvingMixin:
             guidance_scale=self.guidance_scale,
             guidance_rescale=getattr(self, "_guidance_rescale", 0.0),
         )
-
-    def _prior_of(self, **given) -> GuidedPrior:
-        return self._prior_class(**given)
 
     def _condition(self, prior: GuidedPrior, tensors: dict) -> None:
         """Give the prior what callbacks may have changed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from diffusers import StableDiffusionControlNetInpaintPipeline
 from torch import Tensor
 
-from vml_ldm.adapters.diffusers import COND, SIDE, Control, ControlledPrior
+from vml_ldm.adapters.diffusers import COND, SIDE, Control, ControlledPrior, nets_of
 from vml_ldm.pipelines._inpainting import InpaintingMixin
 from vml_ldm.pipelines._solving import SolvingMixin, VMLPipelineOutput
 from vml_ldm.proximal import Proximal
@@ -98,30 +100,26 @@ class VMLControlNetInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusio
         """
         return self._inpaint(super().__call__, locals())
 
-    @property
-    def _nets(self) -> list:
-        """The ControlNets."""
-        network = getattr(self.controlnet, "_orig_mod", self.controlnet)
-        return list(getattr(network, "nets", [network]))
-
     def _check_as_stock(self, a: SimpleNamespace) -> None:
         a.timesteps = a.sigmas = a.masked_image_latents = None  # which this stock pipeline does not take
-        each = lambda value: value if isinstance(value, list) else [value] * len(self._nets)  # noqa: E731
+        each = lambda value: value if isinstance(value, list) else [value] * len(nets_of(self.controlnet))  # noqa: E731
         a.control_guidance_start, a.control_guidance_end = map(each, (a.control_guidance_start, a.control_guidance_end))
         given = {name: getattr(a, name, None) for name in inspect.signature(self.check_inputs).parameters}
         self.check_inputs(**given | {"image": a.control_image})
         scale = a.controlnet_conditioning_scale
-        scale = each(scale) if len(self._nets) > 1 else scale
-        guess_mode = a.guess_mode or self._nets[0].config.global_pool_conditions
+        scale = each(scale) if len(nets_of(self.controlnet)) > 1 else scale
+        guess_mode = a.guess_mode or nets_of(self.controlnet)[0].config.global_pool_conditions
         self._control = Control(self.controlnet, scale, guess_mode, a.control_guidance_start, a.control_guidance_end)
 
     def _conditions(self, a: SimpleNamespace, batch: int) -> list[dict]:
-        conditions, several = super()._conditions(a, batch), len(self._nets) > 1
+        conditions, several = super()._conditions(a, batch), len(nets_of(self.controlnet)) > 1
         shared = {"width": a.width, "height": a.height, "batch_size": batch, **getattr(a, "cropped", _AS_IT_IS)}
         shared |= {"num_images_per_prompt": a.num_images_per_prompt, "device": self._execution_device}
         images = [
             self.prepare_control_image(image, **shared, dtype=net.dtype)
-            for image, net in zip(a.control_image if several else [a.control_image], self._nets, strict=True)
+            for image, net in zip(
+                a.control_image if several else [a.control_image], nets_of(self.controlnet), strict=True
+            )
         ]
         for condition in conditions:
             condition[COND] = images if several else images[0]
@@ -129,5 +127,6 @@ class VMLControlNetInpaintPipeline(InpaintingMixin, SolvingMixin, StableDiffusio
             condition[SIDE] = images[0].new_full((batch,), 0.0 if silent else 1.0)
         return conditions
 
-    def _prior_of(self, **given) -> ControlledPrior:
-        return ControlledPrior(control=self._control, **given)
+    @property
+    def _prior_class(self) -> Callable[..., ControlledPrior]:
+        return partial(ControlledPrior, control=self._control)

@@ -14,12 +14,12 @@ class VMLReconstructor(nn.Module):
     """A restoring pipeline called as deepinv calls its reconstructors: ``model(y, physics) -> x``.
 
     What deepinv evaluates, benchmarks and plots can then be this package's solver. The physics' operator becomes A,
-    its noise model's standard deviation sigma_y; one random generator, begun anew at each call, draws the start.
+    its noise model's standard deviation sigma_y. Each image has a generator, begun anew at each call.
 
     Args:
         pipe: a `VMLRestorePipeline` or another family's.
         prompt: what the images show.
-        seed: of the generator.
+        seed: of the first image's generator; the next have the next.
         options: more of the pipeline's arguments, such as `preset` or `num_inference_steps`.
 
     Example:

@@ -1,7 +1,7 @@
 """diffusers as a host: its models as a `Prior`, its schedulers as a `Schedule`."""
 
 from ...objective import NonFiniteError
-from .control import COND, SIDE, Control, ControlledPrior
+from .control import COND, SIDE, Control, ControlledPrior, nets_of
 from .flow import FLOW_SCHEDULERS, FlowPrior, check_flow_scheduler, flow_levels
 from .footprint import Footprints, graph_bytes
 from .memory import Chosen, Fitted, Plan, StepDown, choose, free_bytes, parse_memory, plans
@@ -37,6 +37,7 @@ __all__ = [
     "flow_levels",
     "free_bytes",
     "graph_bytes",
+    "nets_of",
     "parse_memory",
     "plans",
     "scheduler_levels",

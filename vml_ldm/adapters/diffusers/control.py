@@ -53,31 +53,31 @@ class ControlledPrior(StableDiffusionPrior):
         self.control, self.controlnet = control, control.network
 
     def _networks(self) -> tuple[nn.Module, ...]:
-        nets = getattr(self.controlnet, "nets", (self.controlnet,))
-        return *super()._networks(), *nets
+        return *super()._networks(), *nets_of(self.controlnet)
 
     def _predict(self, x: Tensor, t: float, condition: dict | None = None) -> Tensor:
         """The UNet's output for a condition (None: the prompt), float32."""
         given = self.condition if condition is None else condition
         own = {name: value for name, value in given.items() if name not in (COND, SIDE)}
-        inputs, own = self._inputs(x, own)
-        step = torch.as_tensor(t, device=inputs.device)
-        if COND in given:
-            own |= self._residuals(x, step, self.control.at(1 - (t + 1) / len(self.scheduler.alphas_cumprod)), given)
-        return self.unet(inputs, step, return_dict=False, **own)[0].to(x)
+        return super()._predict(x, t, own | self._residuals(x, t, given) if COND in given else own)
 
-    def _residuals(self, x: Tensor, step: Tensor, scale: float | list[float], condition: dict) -> dict:
+    def _residuals(self, x: Tensor, t: float, condition: dict) -> dict:
         """What the ControlNet adds to the UNet's blocks, as the UNet's call takes it."""
-        first = next(iter(getattr(self.controlnet, "nets", (self.controlnet,))))
-        placed = self._guard.place(first, x)
+        placed = self._guard.place(nets_of(self.controlnet)[0], x)
         words, images = (cast(condition[name], placed) for name in ("encoder_hidden_states", COND))
+        scale = self.control.at(1 - (t + 1) / len(self.scheduler.alphas_cumprod))
         down, middle = self.controlnet(
-            placed, step, encoder_hidden_states=words, controlnet_cond=images, conditioning_scale=scale,
-            guess_mode=self.control.guess_mode, return_dict=False,
+            placed, torch.as_tensor(t, device=placed.device), encoder_hidden_states=words, controlnet_cond=images,
+            conditioning_scale=scale, guess_mode=self.control.guess_mode, return_dict=False,
         )  # fmt: skip
-        side = condition[SIDE].reshape(-1, 1, 1, 1)
-        to_unet = lambda residual: self._guard.place(self.unet, residual * side.to(residual))  # noqa: E731
+        side = condition[SIDE].reshape(-1, 1, 1, 1).to(middle)
         return {
-            "down_block_additional_residuals": [to_unet(residual) for residual in down],
-            "mid_block_additional_residual": to_unet(middle),
+            "down_block_additional_residuals": [residual * side for residual in down],
+            "mid_block_additional_residual": middle * side,
         }
+
+
+def nets_of(controlnet: nn.Module) -> list[nn.Module]:
+    """The ControlNets of one or of several, compiled or not."""
+    network = getattr(controlnet, "_orig_mod", controlnet)
+    return list(getattr(network, "nets", [network]))

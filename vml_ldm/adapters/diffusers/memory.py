@@ -36,16 +36,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...objective import PullBack
+from ...objective import PullBack, T
 from ...report import in_units
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 MODES = ("auto", "fast", "low")
 _UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), start=1)}
